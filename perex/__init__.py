@@ -1,0 +1,34 @@
+"""Exact per-example gradient norms for PyTorch, from one batched backward pass."""
+
+from perex import factors
+from perex.errors import (
+    AttachError,
+    ExamplesMixError,
+    LossError,
+    NotReadyError,
+    PerexError,
+    UnsupportedError,
+)
+from perex.quantities import Quantity
+from perex.rules import broadcast, convolution, embedding, linear, normalization  # noqa: F401  (they register)
+from perex.rules.call import Captured
+from perex.rules.registry import module_rule, operator_rule
+from perex.tracker import Tracker, attach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttachError",
+    "Captured",
+    "ExamplesMixError",
+    "LossError",
+    "NotReadyError",
+    "PerexError",
+    "Quantity",
+    "Tracker",
+    "UnsupportedError",
+    "attach",
+    "factors",
+    "module_rule",
+    "operator_rule",
+]

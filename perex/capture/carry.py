@@ -1,0 +1,178 @@
+"""How operators carry the batch axis from their arguments to their results: the look-up.
+
+`carry` answers, for one operator call, where the examples are in its results. What it knows is a table of
+families (`perex.capture.families`), each a short function; an operator in no family loses the axis, and
+perex then refuses rather than guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perex.capture.axis import Axis, Label, Lost
+
+Labels = Callable[[Tensor], Label]
+Handler = Callable[["Operation"], Any]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in an argument: itself, or those in (nested) lists, tuples, dicts and slices."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operator call, as the families see it: arguments, result, and where the examples are."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    labels: Labels
+    batch: int
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """The argument at `position`, or called `name`."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    def axis(self, value: Any) -> Axis | None:
+        """The batch axis of an argument; None for what is the same for all examples."""
+        label = self.labels(value) if isinstance(value, Tensor) else None
+        return label if isinstance(label, Axis) else None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensor arguments."""
+        yield from tensors_in(self.args)
+        yield from tensors_in(self.kwargs)
+
+    def batched(self) -> list[tuple[Tensor, Axis]]:
+        """The tensor arguments that have a batch axis, with it."""
+        return [(t, a) for t in self.tensors() if (a := self.axis(t)) is not None]
+
+    def only(self, *allowed: Any) -> bool:
+        """Whether no other tensors than these have a batch axis."""
+        return all(any(tensor is one for one in allowed) for tensor, _ in self.batched())
+
+    def out_is_whole(self, dim: int, tensor: Tensor) -> bool:
+        """Whether a dimension of the result is as long as in the argument."""
+        return result_tensor(self).size(dim) == tensor.size(dim)
+
+    def reduced(self) -> Lost:
+        """The label of a result that sums over the batch."""
+        return Lost("reduced", f"`{self.name}` reduces the batch axis")
+
+    def mixed(self, how: str = "works along the batch axis") -> Lost:
+        """The label of a result in which one row depends on several examples."""
+        return Lost("mixed", f"`{self.name}` {how}")
+
+    def unknown(self, how: str = "arranges the rows in a way perex does not follow") -> Lost:
+        """The label of a result whose rows perex cannot tell apart."""
+        return Lost("unknown", f"`{self.name}` {how}")
+
+
+FAMILIES: dict[Any, Handler] = {}
+
+
+def known(func: Any) -> bool:
+    """Whether an operator belongs to a family."""
+    return func in FAMILIES
+
+
+def carry(operation: Operation, func: Any) -> Label | list[Label]:
+    """Say where the examples are in the result of an operator.
+
+    Args:
+        operation: the call, with at least one argument that carries a label.
+        func: the operator, as a `TorchFunctionMode` receives it.
+
+    Returns:
+        One label for a single tensor, or for all tensors of the result; a list for a tuple whose entries
+        differ.
+    """
+    lost: Lost | None = None
+    batched = False
+    for tensor in operation.tensors():
+        label = operation.labels(tensor)
+        if isinstance(label, Axis):
+            batched = True
+        elif isinstance(label, Lost) and (lost is None or lost.kind == "reduced"):
+            lost = label
+    handler = FAMILIES.get(func)
+    if lost is not None:
+        if handler is factory:
+            return None
+        if lost.kind == "reduced" and batched:
+            return Lost("mixed", f"{lost.why}, and `{operation.name}` gives the outcome back to every example")
+        return lost
+    if not batched:
+        return None
+    if handler is None:
+        return operation.unknown("is an operator perex does not know")
+    return handler(operation)
+
+
+def factory(operation: Operation) -> Label:
+    """Operators that read only a size: nothing of the examples is in the result."""
+    return None
+
+
+def result_tensor(operation: Operation) -> Tensor:
+    """The result, or its first tensor."""
+    return next(tensors_in(operation.out))
+
+
+def normal(dim: int, ndim: int) -> int:
+    """A dimension counted from the front."""
+    return dim + ndim if dim < 0 else dim
+
+
+def dims_of(value: Any, ndim: int) -> list[int]:
+    """A `dim` argument as dimensions counted from the front; all of them for None."""
+    if value is None or value == () or value == []:
+        return list(range(ndim))
+    if isinstance(value, int):
+        return [normal(value, ndim)]
+    return [normal(int(d), ndim) for d in value]
+
+
+def member(*names: str) -> Iterator[Any]:
+    """Every torch callable of these names: functions, methods, in-place and dunder forms."""
+    functional = torch.nn.functional
+    spaces = (torch, Tensor, functional, torch._C._nn, torch.special, torch.linalg, torch.fft)
+    for name in names:
+        forms = (name, f"{name}_", f"__{name}__", f"__i{name}__", f"__r{name}__")
+        for space in spaces:
+            for form in forms:
+                found = getattr(space, form, None)
+                if found is not None and callable(found):
+                    yield found
+
+
+def family(names: str) -> Callable[[Handler], Handler]:
+    """Enter a handler for all operators of these names, in all their forms; each is in one family."""
+
+    def enter(handler: Handler) -> Handler:
+        for func in member(*names.split()):
+            try:
+                present = FAMILIES.setdefault(func, handler)
+            except TypeError:  # not hashable: never handed to a mode
+                continue
+            if present is not handler:
+                raise ValueError(f"{func} is in two families: {present.__name__} and {handler.__name__}")
+        return handler
+
+    return enter

@@ -1,0 +1,76 @@
+"""One forward of the model, as far as per-example gradients are concerned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from perex.capture.parameters import Entry, Shared, Source
+
+if TYPE_CHECKING:
+    from perex.rules.call import Call
+
+__all__ = ["Entry", "Forward", "Receiver", "Shared", "Source"]
+
+
+class Receiver(Protocol):
+    """Who gets what a backward brings: the tracker."""
+
+    def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """An output gradient of a call has arrived."""
+
+    def escaped(self, forward: Forward, names: str) -> None:
+        """A gradient came from a use of a derived tensor that perex did not see."""
+
+
+class Forward:
+    """What all calls of one forward share.
+
+    Attributes:
+        number: forwards of a tracker count up; recomputations have the number of none, -1.
+        batch: number of examples, B.
+        uses: how many factors each parameter will get, if every call's gradient arrives.
+        paths: for reports, `(module path, operator, rule, parameters)` of each call.
+        sentinel: an input of all taps that requires grad. It is not a leaf, so that its node tells whether a
+            backward is restricted to some inputs (`torch.autograd.grad`).
+    """
+
+    def __init__(self, number: int, receiver: Receiver, batch: int, tracked: list[Entry]) -> None:
+        self.number = number
+        self.receiver = receiver
+        self.batch = batch
+        self.tracked = tracked
+        self.uses: Counter[Entry] = Counter()
+        self.paths: list[tuple[str, str, str, tuple[str, ...]]] = []
+        self.sentinel = torch.zeros((), requires_grad=True).clone()
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether it runs inside a backward, as checkpointing does."""
+        return self.number < 0
+
+    def entered(self, call: Call) -> None:
+        """Count what a call will bring."""
+        for source in call.slots.values():
+            self.uses.update(source.entries if isinstance(source, Shared) else (source,))
+        names = tuple(
+            entry.name
+            for source in call.slots.values()
+            for entry in (source.entries if isinstance(source, Shared) else (source,))
+        )
+        self.paths.append((call.where, call.name, call.rule.name, names))
+
+    def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Hand on what a tap got."""
+        self.receiver.receive(call, saved, grads)
+
+    def escaped(self, names: str) -> None:
+        """Hand on what a guard got."""
+        self.receiver.escaped(self, names)
+
+
+Sink = Callable[[Any], None]

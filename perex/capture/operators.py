@@ -1,0 +1,91 @@
+"""Facts about torch's operators that capture needs: which only read metadata, which work in place."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perex.capture.carry import FAMILIES
+
+METADATA = """
+    __bool__ __contains__ __deepcopy__ __dir__ __dlpack__ __dlpack_device__ __float__ __format__ __hash__
+    __index__ __int__ __len__ __reduce_ex__ __repr__ __setstate__ __complex__ __array__ __iter_shape__
+    _is_view _version allclose backward data_ptr dense_dim dim dim_order element_size equal get_device has_names
+    is_coalesced is_complex is_conj is_contiguous is_distributed is_floating_point is_inference is_neg
+    is_nonzero is_pinned is_same_size is_set_to is_shared is_signed is_sparse item ndimension nelement numel
+    numpy pin_memory record_stream register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad
+    share_memory_ size sparse_dim storage storage_offset storage_type stride tolist untyped_storage
+    is_tensor is_storage result_type can_cast promote_types is_same_size
+""".split()
+"""Operators whose result holds nothing that a gradient goes through."""
+
+DIFFERENTIABLE_GETTERS = {"T", "mT", "H", "mH", "real", "imag", "data"}
+
+
+def _metadata() -> frozenset[Any]:
+    found: set[Any] = set()
+    for space in (torch, Tensor):
+        found.update(f for name in METADATA if (f := getattr(space, name, None)) is not None)
+    for cls in Tensor.__mro__[:-1]:
+        for name, member in vars(cls).items():
+            if isinstance(member, (types.GetSetDescriptorType, property)):
+                found.add(member.__set__)
+                if name not in DIFFERENTIABLE_GETTERS:
+                    found.add(member.__get__)
+    return frozenset(found)
+
+
+PASSED_OVER = _metadata()
+"""Operators that capture lets through unseen."""
+
+DUNDERS = {
+    "__iadd__": "add",
+    "__isub__": "sub",
+    "__imul__": "mul",
+    "__itruediv__": "div",
+    "__idiv__": "div",
+    "__ipow__": "pow",
+    "__imod__": "remainder",
+}
+
+
+def in_place(func: Callable[..., Any]) -> bool:
+    """Whether an operator changes its first argument."""
+    name = getattr(func, "__name__", "")
+    return name in DUNDERS or (name.endswith("_") and not name.endswith("__"))
+
+
+def out_of_place(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The operator that returns what an in-place operator would write."""
+    name: str = func.__name__
+    name = DUNDERS.get(name, name.rstrip("_"))
+    found: Callable[..., Any] | None = getattr(Tensor, name, None)
+    return found
+
+
+def composite(func: Callable[..., Any]) -> bool:
+    """Whether an operator is a Python function over others, and no family knows it as a whole."""
+    return isinstance(func, types.FunctionType) and func not in FAMILIES and "torch" in func.__module__
+
+
+def _no(*args: Any, **kwargs: Any) -> bool:
+    return False
+
+
+@functools.cache
+def body(func: types.FunctionType) -> Callable[..., Any]:
+    """A composite operator without its own call to the mode, so that the mode sees what it is made of.
+
+    torch's Python functions begin by handing themselves to an active mode when `has_torch_function` says
+    so; this copy of the function, and of nothing it calls, answers no.
+    """
+    answers = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    scope = {**func.__globals__, **dict.fromkeys(answers, _no)}
+    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy

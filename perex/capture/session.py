@@ -1,0 +1,241 @@
+"""While perex is attached: begins and ends forwards, and knows which module is running."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perex.capture.axis import Axis, Lost
+from perex.capture.forward import Forward, Receiver
+from perex.capture.hooks import hook
+from perex.capture.mode import Capture
+from perex.capture.parameters import Parameters, Selection
+from perex.errors import AttachError, UnsupportedError
+from perex.rules.registry import module_rule_for
+
+_sessions = itertools.count()
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a module takes or returns: containers, mappings and dataclasses are looked into."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_of(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for item in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, item.name, None))
+
+
+@dataclasses.dataclass(eq=False)
+class Frame:
+    """A module call that is running.
+
+    Attributes:
+        path: the module's path in the model.
+        begins: whether this call began the forward.
+    """
+
+    path: str
+    begins: bool = False
+
+
+class Session:
+    """Watches the forwards of one attached model.
+
+    Args:
+        model: the model.
+        params: which parameters to track.
+        param_grads: whether `.grad` is computed too.
+        batch_dim: the dimension of the inputs that holds the examples.
+        receiver: who gets what backwards bring.
+        began: called with each new forward.
+        untapped: called with the name of a parameter whose gradient came from an unseen use.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Selection,
+        param_grads: bool,
+        batch_dim: int,
+        receiver: Receiver,
+        began: Callable[[Forward], None],
+        untapped: Callable[[str], None],
+    ) -> None:
+        check_model(model)
+        self.key = f"_perex_{next(_sessions)}"
+        self.batch_dim = batch_dim
+        self.receiver = receiver
+        self.began = began
+        self.frames: list[Frame] = []
+        self.capture: Capture | None = None
+        self.running = False
+        self.forwards = 0
+        self.fresh = False  # whether a backward came since the stand-ins were made
+        self.parameters = Parameters(model, params, param_grads, untapped)
+        try:
+            self.handles = hook(model, self.enter, self.leave)
+        except AttachError:
+            self.parameters.release()
+            raise
+
+    def where(self) -> str:
+        """The path of the module that is running."""
+        return self.frames[-1].path if self.frames else ""
+
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a module's forward."""
+        if torch.compiler.is_compiling():
+            raise AttachError(
+                f"module '{path}' is being compiled while perex is attached: perex cannot see into compiled code. "
+                "Call the uncompiled model"
+            )
+        frame = Frame(path)
+        self.frames.append(frame)
+        if self.running:
+            if self.capture is not None and self.capture.opaque is None:
+                self.open_module(frame, module, args, kwargs)
+            return
+        if not torch.is_grad_enabled():
+            return
+        self.begin(frame, args, kwargs)
+        if self.running:
+            self.open_module(frame, module, args, kwargs)
+
+    def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """After a module's forward, also when it raised; may replace what it returned."""
+        if not self.frames or self.frames[-1].path != path:
+            return None
+        frame = self.frames[-1]
+        capture = self.capture
+        result = None
+        try:
+            if capture is not None and self.running and capture.opaque is frame:
+                capture.opaque = None
+                if out is not None:
+                    result = self.close_module(capture, module, args, kwargs, out)
+            if frame.begins and capture is not None and out is not None:
+                self.check_outputs(capture, out)
+        finally:
+            self.frames.pop()
+            if frame.begins:
+                self.end()
+        return result
+
+    def begin(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a forward with the outermost module call, or go on with one whose outputs are its inputs."""
+        inputs = [tensor for tensor in tensors_of((args, kwargs)) if not isinstance(tensor, nn.Parameter)]
+        batch = next((t.size(self.batch_dim) for t in inputs if t.dim() > self.batch_dim), None)
+        if batch is None:
+            return
+        recomputed = torch._C._current_graph_task_id() != -1
+        capture = self.capture
+        goes_on = (
+            capture is not None
+            and not self.fresh
+            and not recomputed
+            and any(getattr(t, self.key, (None,))[0] == capture.forward.number for t in inputs)
+        )
+        if not goes_on:
+            if not recomputed:
+                self.parameters.refresh()
+                if self.fresh or not self.parameters.param_grads:
+                    self.parameters.renew()
+                    self.fresh = False
+                self.forwards += 1
+            tracked = [entry for entry in self.parameters if entry.tracked]
+            number = -1 if recomputed else self.forwards
+            forward = Forward(number, self.receiver, batch, tracked)
+            capture = Capture(self.parameters, forward, self.key, self.where)
+            if not recomputed:
+                self.began(forward)
+        assert capture is not None
+        self.capture = capture
+        capture.inputs = inputs
+        for tensor in inputs:
+            if capture.label(tensor) is None:
+                capture.mark_foreign(tensor, self.input_axis(tensor, batch))
+        frame.begins = True
+        self.running = True
+        capture.__enter__()
+
+    def input_axis(self, tensor: Tensor, batch: int) -> Axis | None:
+        """The batch axis of an input: `batch_dim`, or dimension 0 of one that has fewer dimensions."""
+        dim = self.batch_dim if tensor.dim() > self.batch_dim else 0
+        return Axis(dim) if tensor.dim() > dim and tensor.size(dim) == batch else None
+
+    def end(self) -> None:
+        """The outermost module has returned."""
+        self.running = False
+        if self.capture is not None:
+            self.capture.__exit__(None, None, None)
+            self.capture.opaque = None
+            self.capture.inputs = []
+            self.capture.clean()
+            if self.capture.forward.recomputed:
+                self.capture = None
+
+    def open_module(self, frame: Frame, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """From here on a module with a rule of its own is one operator."""
+        rule = module_rule_for(module)
+        if rule is not None and self.capture is not None:
+            own = {entry.name for entry in self.parameters if entry.tracked}
+            names = [f"{frame.path}.{name}".lstrip(".") for name, _ in module.named_parameters()]
+            if own.intersection(names):
+                self.capture.opaque = frame
+
+    def close_module(
+        self, capture: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> Any:
+        """Tap the output of a module with a rule of its own."""
+        rule = module_rule_for(module)
+        assert rule is not None
+        return capture.tap_module(module, rule, args, kwargs, out)
+
+    def check_outputs(self, capture: Capture, out: Any) -> None:
+        """Refuse outputs in which examples are mixed, or may be."""
+        for tensor in tensors_of(out):
+            label = capture.label(tensor)
+            if isinstance(label, Lost) and label.kind != "reduced" and tensor.requires_grad:
+                raise UnsupportedError(
+                    f"perex cannot tell the examples apart in an output of the model: {label.why}. "
+                    "Rewrite that step, or do it outside the model's forward"
+                )
+
+    def close(self) -> None:
+        """Take everything off the model."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.parameters.release()
+        if self.capture is not None:
+            self.capture.active = False
+            self.capture.clean()
+            self.capture = None
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models whose operators perex would not see."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"attach needs a torch.nn.Module, not {type(model).__name__}")
+    for path, module in model.named_modules():
+        name = f"module '{path}'" if path else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise AttachError(f"{name} is scripted: perex cannot see into it. Attach to the Python model")
+        if isinstance(module, nn.DataParallel):
+            raise AttachError(
+                f"{name} is nn.DataParallel, which runs copies of the model in threads. Use DistributedDataParallel, "
+                "or attach to the module inside and run it on one device"
+            )
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise AttachError(f"{name} is compiled: perex cannot see into it. Attach to the uncompiled model")

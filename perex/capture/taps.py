@@ -1,0 +1,97 @@
+"""Identity autograd functions that perex puts into the user's graph.
+
+All of them return `detach()` of what they get: a tensor of its own that shares memory and version counter.
+So it may be changed in place (a ReLU behind a tapped layer), even where the operator saved its result or
+returned a view, and autograd still notices an in-place change that would spoil a saved tensor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+if TYPE_CHECKING:
+    from perex.capture.forward import Entry, Forward
+    from perex.rules.call import Call
+
+
+class Tap(torch.autograd.Function):
+    """Behind an operator in which parameters meet examples: hands the output gradient to the tracker.
+
+    What the rule needs again is kept with `save_for_backward`, so checkpointing recomputes it, in-place
+    changes are noticed, and memory goes as the backward goes. `sentinel` is an input that requires grad, so
+    that the output does too when weights are detached; it also tells a full backward from one that is
+    restricted to some inputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, call: Call, saved: list[Tensor], sentinel: Tensor, *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return the outputs as they are."""
+        ctx.call = call  # type: ignore[attr-defined]
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)  # type: ignore[attr-defined]
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """Pass the gradients on, after the tracker has seen them."""
+        if any(grad is not None for grad in grads):
+            call: Call = ctx.call
+            call.forward.receive(call, ctx.saved_tensors, grads)
+        return None, None, None, *grads
+
+
+class Alias(torch.autograd.Function):
+    """In front of a parameter: notes the gradient of all uses that perex has seen.
+
+    The gradient that arrives at the parameter itself must be this very tensor; another one means a use that
+    went past perex.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, entry: Entry, parameter: Tensor) -> Tensor:
+        """Return the parameter's values."""
+        ctx.entry = entry  # type: ignore[attr-defined]
+        ctx.set_materialize_grads(False)  # type: ignore[attr-defined]
+        return parameter.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
+        """Pass the gradient on, noted."""
+        if grad is not None:
+            ctx.entry.seen = identity(grad)
+        return None, grad
+
+
+class Guard(torch.autograd.Function):
+    """Behind a tensor derived from parameters alone: what the user's code holds in its place.
+
+    Every use that perex sees reads the tensor in front of the guard. A gradient that comes through the guard
+    is from a use that perex did not see.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, forward: Forward, names: str, passes: bool, derived: Tensor) -> Tensor:
+        """Return the derived tensor's values."""
+        ctx.found = forward, names, passes  # type: ignore[attr-defined]
+        ctx.set_materialize_grads(False)  # type: ignore[attr-defined]
+        return derived.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None, None, Tensor | None]:
+        """Report the use; pass the gradient on where the user wants gradients."""
+        forward, names, passes = ctx.found
+        if grad is not None:
+            forward.escaped(names)
+        return None, None, None, grad if passes else None
+
+
+def identity(grad: Tensor) -> tuple[int, int, int]:
+    """What tells one gradient tensor from another while both live: the backward, memory and version."""
+    values = grad._values() if grad.is_sparse else grad
+    return torch._C._current_graph_task_id(), values.data_ptr(), grad._version

@@ -1,0 +1,27 @@
+"""What perex raises: every error is a `PerexError`, and its message names the module or argument."""
+
+from __future__ import annotations
+
+
+class PerexError(Exception):
+    """The base of everything that perex refuses or rejects."""
+
+
+class AttachError(PerexError):
+    """The model, or an argument of `attach`, cannot be used as given."""
+
+
+class ExamplesMixError(PerexError):
+    """Examples of one batch influence each other, so no example has a gradient of its own."""
+
+
+class UnsupportedError(PerexError):
+    """perex cannot tell which example a value belongs to, or cannot see how a parameter is used."""
+
+
+class NotReadyError(PerexError):
+    """There is no result that belongs to the latest forward and backward."""
+
+
+class LossError(PerexError):
+    """The losses handed over are not one number for each example of the batch."""

@@ -1,0 +1,13 @@
+"""Factors: what a per-example gradient is before it is multiplied out.
+
+Rules make them, quantities consume them; neither knows the other.
+"""
+
+from perex.factors.base import Factor
+from perex.factors.dense import Dense
+from perex.factors.outer import Outer
+from perex.factors.patches import Patches
+from perex.factors.rows import Rows
+from perex.factors.total import Total
+
+__all__ = ["Dense", "Factor", "Outer", "Patches", "Rows", "Total"]

@@ -1,0 +1,70 @@
+"""What every factor answers, with exact fallbacks for what a kind has no closed form for."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from perex.kernels.blocks import example_blocks
+
+
+class Factor(ABC):
+    r"""The gradients $G_b$ of one parameter, one for each example $b$ of a batch, not multiplied out.
+
+    Attributes:
+        batch: number of examples, B.
+        shape: the parameter's shape, which every $G_b$ has.
+    """
+
+    batch: int
+    shape: torch.Size
+
+    @abstractmethod
+    def dense(self, start: int, stop: int) -> Tensor:
+        r"""$G_b$ for $b$ from `start` to `stop`, multiplied out.
+
+        Returns:
+            Tensor `(stop - start, *shape)`.
+        """
+
+    @abstractmethod
+    def squared_norm(self) -> Tensor:
+        r"""$\|G_b\|^2$, the sum of squares over all entries.
+
+        Returns:
+            Tensor `(B,)`.
+        """
+
+    def merge(self, other: Factor) -> Factor | None:
+        """One factor for the sum of both, or None where that is no simpler than keeping two."""
+        return None
+
+    def dot(self, other: Factor) -> Tensor:
+        r"""$\langle G_b, H_b \rangle$ with another factor of the same parameter.
+
+        Kinds register closed forms with `perex.factors.products.product`; without one, both sides are
+        multiplied out a few examples at a time.
+
+        Returns:
+            Tensor `(B,)`.
+        """
+        from perex.factors.products import closed_form
+
+        form = closed_form(type(self), type(other))
+        return self.blockwise_dot(other) if form is None else form(self, other)
+
+    def blockwise_dot(self, other: Factor) -> Tensor:
+        """`dot`, both sides multiplied out a few examples at a time."""
+        parts = []
+        for i, j in self.blocks():
+            product = self.dense(i, j) * other.dense(i, j).conj()
+            parts.append(product.real.reshape(j - i, -1).sum(1))
+        return torch.cat(parts)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of examples whose multiplied-out gradients fit in one block."""
+        return example_blocks(self.batch, math.prod(self.shape))

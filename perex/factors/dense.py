@@ -1,0 +1,44 @@
+"""Gradients that are small, or that only the general path knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perex.factors.base import Factor
+from perex.kernels.outer import square
+
+
+@dataclass(eq=False)
+class Dense(Factor):
+    """The gradients themselves: biases, norm layers, scalars, derived weights.
+
+    Attributes:
+        values: `(B, *shape)`.
+    """
+
+    values: Tensor
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        """Number of examples."""
+        return self.values.shape[0]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The parameter's shape."""
+        return self.values.shape[1:]
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """See `Factor.dense`."""
+        return self.values[start:stop]
+
+    def squared_norm(self) -> Tensor:
+        """See `Factor.squared_norm`."""
+        return square(self.values).flatten(1).sum(1) if self.values.dim() > 1 else square(self.values)
+
+    def merge(self, other: Factor) -> Factor | None:
+        """Two dense factors add up."""
+        return Dense(self.values + other.values) if isinstance(other, Dense) else None

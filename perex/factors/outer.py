@@ -1,0 +1,46 @@
+"""Gradients that are sums of outer products over positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perex.factors.base import Factor
+from perex.kernels import outer as kernel
+
+
+@dataclass(eq=False)
+class Outer(Factor):
+    r"""$G_b = \sum_t l_{bt} r_{bt}^\top$: linear layers, projections, HF's Conv1D.
+
+    Attributes:
+        left: `(B, T, m)`, what indexes the weight's first dimension: the output gradient of a linear layer.
+        right: `(B, T, n)`, what indexes the second: the activation.
+        shape: the weight's shape, of $m n$ elements; `(m, n)` where it has two dimensions.
+    """
+
+    left: Tensor
+    right: Tensor
+    shape: torch.Size
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        """Number of examples."""
+        return self.left.shape[0]
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """See `Factor.dense`."""
+        return (self.left[start:stop].mT @ self.right[start:stop]).reshape(stop - start, *self.shape)
+
+    def squared_norm(self) -> Tensor:
+        """See `Factor.squared_norm`."""
+        return kernel.squared_norm(self.left.unsqueeze(1), self.right.unsqueeze(1))
+
+    def merge(self, other: Factor) -> Factor | None:
+        """Uses of one weight are further positions."""
+        if not isinstance(other, Outer):
+            return None
+        left, right = torch.cat((self.left, other.left), 1), torch.cat((self.right, other.right), 1)
+        return Outer(left, right, self.shape)

@@ -1,0 +1,64 @@
+"""Gradients of convolution weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perex.factors.base import Factor
+from perex.kernels.convolution import Geometry, weight_gradient
+from perex.kernels.outer import square
+
+
+@dataclass(eq=False)
+class Patches(Factor):
+    r"""$G_b = \sum_p g_{bp} u_{bp}^\top$, with $u_{bp}$ the patch of the input under output position $p$.
+
+    The patches are never unfolded; a backend call an example multiplies them out.
+
+    Attributes:
+        x: input, `(B, R, C_in, *spatial)`, R rows (images) an example.
+        grads: output gradient, `(B, R, C_out, *spatial')`.
+        geometry: the convolution's options, with the weight's shape.
+    """
+
+    x: Tensor
+    grads: Tensor
+    geometry: Geometry
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        """Number of examples."""
+        return self.x.shape[0]
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The weight's shape."""
+        return self.geometry.weight_shape
+
+    def gradient(self, example: int) -> Tensor:
+        """The weight gradient of one example, `shape`."""
+        return weight_gradient(self.x[example], self.grads[example], self.geometry)
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """See `Factor.dense`."""
+        if start == stop:
+            return self.grads.new_zeros(0, *self.shape)
+        return torch.stack([self.gradient(b) for b in range(start, stop)])
+
+    def squared_norm(self) -> Tensor:
+        """See `Factor.squared_norm`."""
+        if self.batch == 0:
+            return self.grads.new_zeros(0)
+        return torch.stack([square(self.gradient(b)).sum() for b in range(self.batch)])
+
+    def merge(self, other: Factor) -> Factor | None:
+        """Uses with the same geometry and sizes are further rows."""
+        if not isinstance(other, Patches) or self.geometry != other.geometry:
+            return None
+        if self.x.shape[2:] != other.x.shape[2:]:
+            return None
+        x, grads = torch.cat((self.x, other.x), 1), torch.cat((self.grads, other.grads), 1)
+        return Patches(x, grads, self.geometry)

@@ -1,0 +1,76 @@
+"""Closed forms for inner products between factors of the same parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perex.factors.base import Factor
+from perex.factors.dense import Dense
+from perex.factors.outer import Outer
+from perex.factors.rows import Rows
+from perex.kernels.blocks import example_blocks
+from perex.kernels.outer import gram_dot
+
+Product = Callable[[Any, Any], Tensor]
+PRODUCTS: dict[tuple[type[Factor], type[Factor]], Product] = {}
+
+
+def closed_form(first: type[Factor], second: type[Factor]) -> Product | None:
+    """The registered form for two kinds, in either order."""
+    form = PRODUCTS.get((first, second))
+    if form is not None:
+        return form
+    swapped = PRODUCTS.get((second, first))
+    return None if swapped is None else lambda a, b: swapped(b, a)
+
+
+def product(first: type[Factor], second: type[Factor]) -> Callable[[Product], Product]:
+    """Register the inner product of two kinds of factors; real numbers, `(B,)`."""
+
+    def register(form: Product) -> Product:
+        PRODUCTS[first, second] = form
+        return form
+
+    return register
+
+
+@product(Outer, Outer)
+def outer_outer(first: Outer, second: Outer) -> Tensor:
+    r"""$\sum_{ts} (l_t \cdot l'_s)(r_t \cdot r'_s)$."""
+    return gram_dot(*(x.unsqueeze(1) for x in (first.left, first.right, second.left, second.right)))
+
+
+@product(Dense, Outer)
+def dense_outer(first: Dense, second: Outer) -> Tensor:
+    r"""$\sum_t l_t^\top V r_t$."""
+    weight = first.values.reshape(first.batch, second.left.shape[2], second.right.shape[2])
+    return ((second.left @ weight) * second.right).sum((1, 2))
+
+
+@product(Dense, Rows)
+def dense_rows(first: Dense, second: Rows) -> Tensor:
+    r"""$\sum_t V[id_t] \cdot g_t$."""
+    index = second.ids.long().unsqueeze(2).expand_as(second.grads)
+    return (first.values.gather(1, index) * second.grads).sum((1, 2))
+
+
+@product(Rows, Outer)
+def rows_outer(first: Rows, second: Outer) -> Tensor:
+    r"""$\sum_{ts} (g_t \cdot r_s) \, l_s[id_t]$: an embedding tied to an output layer.
+
+    Row $id_t$ of $\sum_s l_s r_s^\top$ is $\sum_s l_s[id_t] r_s$; its product with $g_t$ needs neither
+    table multiplied out.
+    """
+    left, right = second.left, second.right
+    if second.shape != first.shape or left.shape[2] != first.shape[0]:
+        return first.blockwise_dot(second)
+    parts = []
+    for i, j in example_blocks(first.batch, first.ids.shape[1] * left.shape[1]):
+        similarity = first.grads[i:j] @ right[i:j].mT  # (b, T, S)
+        columns = first.ids[i:j].long().unsqueeze(1).expand(-1, left.shape[1], -1)
+        parts.append((similarity.mT * left[i:j].gather(2, columns)).sum((1, 2)))
+    return torch.cat(parts)

@@ -1,0 +1,51 @@
+"""A parameter used several times: a sum of factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from perex.factors.base import Factor
+
+
+class Total(Factor):
+    r"""$G_b = \sum_i G^{(i)}_b$, over all uses $i$ of one parameter.
+
+    Uses of the same kind are merged; between kinds, cross terms are inner products of factors.
+
+    Args:
+        factors: one or more, of the same parameter and batch.
+    """
+
+    def __init__(self, factors: Iterable[Factor]) -> None:
+        self.factors: list[Factor] = []
+        for factor in factors:
+            for place, present in enumerate(self.factors):
+                merged = present.merge(factor)
+                if merged is not None:
+                    self.factors[place] = merged
+                    break
+            else:
+                self.factors.append(factor)
+        self.batch = self.factors[0].batch
+        self.shape = self.factors[0].shape
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """See `Factor.dense`."""
+        return torch.stack([factor.dense(start, stop) for factor in self.factors]).sum(0)
+
+    def squared_norm(self) -> Tensor:
+        r"""$\sum_i \|G^{(i)}\|^2 + 2 \sum_{i<j} \langle G^{(i)}, G^{(j)} \rangle$."""
+        first, *others = self.factors
+        out = first.squared_norm()
+        for i, factor in enumerate(others, start=1):
+            out = out + factor.squared_norm()
+            for earlier in self.factors[:i]:
+                out = out + 2 * factor.dot(earlier)
+        return out.clamp_min(0) if others else out  # rounding may leave a sum of squares below zero
+
+    def dot(self, other: Factor) -> Tensor:
+        r"""$\sum_i \langle G^{(i)}, H \rangle$."""
+        return torch.stack([factor.dot(other) for factor in self.factors]).sum(0)

@@ -1,0 +1,16 @@
+"""Per-example gradient norms."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from perex.factors import Total
+from perex.quantities.base import Quantity
+
+
+class SquaredNorms(Quantity):
+    r"""$\|\partial \ell_b / \partial \theta\|^2$ of each parameter."""
+
+    def reduce(self, name: str, gradient: Total) -> Tensor:
+        """See `Quantity.reduce`."""
+        return gradient.squared_norm()

@@ -1,0 +1,157 @@
+"""What one backward brought: per-example gradients of each parameter, reduced to the wanted quantities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from perex.capture.forward import Forward
+from perex.capture.parameters import Entry
+from perex.errors import NotReadyError, PerexError
+from perex.factors import Factor, Total
+from perex.quantities import Quantity
+
+
+class Share:
+    """What one forward's calls brought in one backward."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+        self.open: dict[Entry, list[Factor]] = {}
+        self.closed: dict[Entry, list[Tensor]] = {}
+        self.overflowed: Tensor | None = None
+
+
+class Result:
+    """Collects factors during one backward and reduces them, a parameter at a time.
+
+    Args:
+        task: the number of the backward, as autograd counts them.
+        quantities: what each parameter's gradients are reduced to.
+        alone: whether all factors come from one forward, so that a parameter can be closed, and its memory
+            freed, as soon as its last factor is in.
+        number: how many forwards had begun when this backward did.
+        losses: how many losses were handed over, if they were.
+        scale: what gradients are to be multiplied by to be those of the examples' own losses, if known.
+    """
+
+    def __init__(
+        self,
+        task: int,
+        quantities: Sequence[Quantity],
+        alone: bool,
+        number: int,
+        losses: int | None = None,
+        scale: float | None = None,
+    ) -> None:
+        self.task = task
+        self.quantities = quantities
+        self.alone = alone
+        self.number = number
+        self.shares: dict[Forward, Share] = {}
+        self.losses = losses
+        self.scale = scale
+        self.error: PerexError | None = None
+
+    def share(self, forward: Forward) -> Share:
+        """The part of one forward."""
+        if forward not in self.shares:
+            self.shares[forward] = Share(forward)
+        return self.shares[forward]
+
+    def add(self, forward: Forward, entry: Entry, factor: Factor) -> None:
+        """Take up one use's gradients; close the parameter if it was the last."""
+        share = self.share(forward)
+        if entry in share.closed:
+            self.refuse(
+                NotReadyError(
+                    f"parameter '{entry.name}' got gradients twice in one backward, from a forward that several "
+                    "backwards share: run one backward for each forward"
+                )
+            )
+            return
+        factors = share.open.setdefault(entry, [])
+        factors.append(factor)
+        if self.alone and len(factors) == forward.uses[entry]:
+            self.close([share], entry)
+
+    def overflow(self, forward: Forward, where: Tensor) -> None:
+        """Note examples whose half-precision gradients became infinite, `(B,)` booleans."""
+        share = self.share(forward)
+        share.overflowed = where if share.overflowed is None else share.overflowed | where
+
+    def close(self, shares: list[Share], entry: Entry) -> None:
+        """Reduce a parameter's gradients, summed over the uses in all of `shares`."""
+        factors = [factor for share in shares for factor in share.open.pop(entry, [])]
+        if factors:
+            total = Total(factors)
+            shares[0].closed[entry] = [quantity.reduce(entry.name, total) for quantity in self.quantities]
+
+    def refuse(self, error: PerexError) -> None:
+        """Remember why this result must not be read; the first reason stays."""
+        self.error = self.error or error
+
+    def values(self, index: int, relation: str | None) -> tuple[dict[Entry, Tensor], int]:
+        """One quantity of every tracked parameter.
+
+        Args:
+            index: the quantity's place among `quantities`.
+            relation: for several forwards, whether they hold the `"same"` examples or `"further"` ones.
+
+        Returns:
+            `(B,)` values by parameter, and the number of examples B.
+        """
+        shares = sorted(self.shares.values(), key=lambda share: share.forward.number)
+        relation = self.relation(shares, relation)
+        groups = [shares] if relation == "same" else [[share] for share in shares]
+        for group in groups:
+            for entry in {entry for share in group for entry in share.open}:
+                self.close(group, entry)
+        tracked = {entry: None for share in shares for entry in share.forward.tracked}
+        values: dict[Entry, Tensor] = {}
+        for entry in tracked:
+            parts = [self.part(group[0], entry, index) for group in groups]
+            overflowed = [self.overflowed(group, parts[0].device) for group in groups]
+            value = torch.cat(parts)
+            values[entry] = value.masked_fill(torch.cat(overflowed) & value.isnan(), float("inf"))
+        return values, sum(group[0].forward.batch for group in groups)
+
+    def part(self, share: Share, entry: Entry, index: int) -> Tensor:
+        """A parameter's values from one forward; zero where it was not used."""
+        found = share.closed.get(entry)
+        if found is not None:
+            return found[index]
+        dtype = torch.promote_types(entry.parameter.dtype, torch.float32).to_real()
+        return torch.zeros(share.forward.batch, dtype=dtype, device=entry.parameter.device)
+
+    def overflowed(self, group: Iterable[Share], device: torch.device) -> Tensor:
+        """Which examples' gradients became infinite in half precision, `(B,)`."""
+        group = list(group)
+        out = torch.zeros(group[0].forward.batch, dtype=torch.bool, device=device)
+        for share in group:
+            if share.overflowed is not None:
+                out |= share.overflowed.to(device)
+        return out
+
+    def relation(self, shares: list[Share], relation: str | None) -> str:
+        """Whether several forwards hold the same examples or further ones."""
+        if len(shares) == 1:
+            return "same"
+        sizes = [share.forward.batch for share in shares]
+        if self.losses is not None and relation is None:
+            fits = {"same": set(sizes) == {self.losses}, "further": sum(sizes) == self.losses}
+            relation = next((name for name, fit in fits.items() if fit), None)
+        if relation is None:
+            raise NotReadyError(
+                f"{len(shares)} forwards (of {', '.join(map(str, sizes))} examples) came before one backward. Do they "
+                "hold the same examples, as the two sides of a siamese network do, or further ones? Say "
+                'attach(..., forwards="same") or forwards="further", or call `px.backward(losses)` with one loss an '
+                "example"
+            )
+        if relation == "same" and len(set(sizes)) > 1:
+            raise NotReadyError(f'forwards="same", but the forwards have {sizes} examples')
+        if relation == "same" and any(share.closed for share in shares[1:]):
+            raise NotReadyError("forwards of different backwards came together in one: run one backward for them all")
+        return relation

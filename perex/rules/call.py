@@ -1,0 +1,134 @@
+"""One operator call in which parameters meet examples, as capture records it and as rules read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from perex.capture.axis import Axis
+
+if TYPE_CHECKING:
+    from perex.capture.forward import Forward, Source
+    from perex.rules.registry import Rule
+
+
+class Ref(NamedTuple):
+    """The place of a tensor in a template of arguments: tensor number `index` of the call."""
+
+    index: int
+
+
+def pack(value: Any, tensors: list[Tensor]) -> Any:
+    """Replace the tensors in (nested) arguments by `Ref`s, and list them."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return Ref(len(tensors) - 1)
+    if isinstance(value, (list, tuple)):
+        return type(value)(pack(item, tensors) for item in value) if type(value) in (list, tuple) else value
+    if isinstance(value, dict):
+        return {key: pack(item, tensors) for key, item in value.items()}
+    return value
+
+
+def unpack(value: Any, tensors: Sequence[Any]) -> Any:
+    """Put tensors back in the places of their `Ref`s."""
+    if isinstance(value, Ref):
+        return tensors[value.index]
+    if type(value) in (list, tuple):
+        return type(value)(unpack(item, tensors) for item in value)
+    if isinstance(value, dict):
+        return {key: unpack(item, tensors) for key, item in value.items()}
+    return value
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """What is known of one operator call when the forward is over.
+
+    `axes[i]` is the batch axis of tensor `i`, or None where it is the same for all examples. `slots` names
+    the parameters (or tensors derived from parameters alone) whose gradients are wanted: by argument name
+    for an operator with a rule, by attribute name for a module with a rule, by tensor number on the general
+    path. There `rows[i]` is the axis of a shared or constant tensor whose rows are aligned with the examples, as
+    those of `token.expand(B, -1, -1)` are.
+    """
+
+    forward: Forward
+    where: str
+    func: Callable[..., Any]
+    rule: Rule
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    axes: list[Axis | None]
+    slots: dict[Any, Source]
+    rows: dict[int, Axis]
+    shapes: list[torch.Size]
+    kept: list[int]
+    out_axes: list[Axis]
+    out_shapes: list[torch.Size]
+
+    @property
+    def name(self) -> str:
+        """The operator's name."""
+        return getattr(self.func, "__name__", str(self.func))
+
+    def template(self, name: str) -> Any:
+        """The packed argument called `name`, or None where the call left it out."""
+        position = self.rule.arguments.index(name)
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+
+
+class Captured:
+    """A call with what its backward brings: the one thing a rule gets to read.
+
+    Half-precision tensors are handed out in float32, so that everything is accumulated in at least that.
+
+    Attributes:
+        grad: output gradient with examples in front, `(B, *rest)`; see `Axis.front`.
+        batch: number of examples, B.
+    """
+
+    def __init__(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        self.call = call
+        self.batch = call.forward.batch
+        self.grads = [None if grad is None else widen(grad.detach()) for grad in grads]
+        self.tensors: dict[int, Tensor] = {i: t.detach() for i, t in zip(call.kept, saved, strict=True)}
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient of the first output, `(B, *rest)`."""
+        grad = self.grads[0]
+        assert grad is not None
+        return self.call.out_axes[0].front(grad, self.batch)
+
+    def examples(self, name: str) -> Tensor:
+        """Argument `name` with examples in front, `(B, *rest)`; a constant is given to each example."""
+        index = self.call.template(name).index
+        axis, value = self.call.axes[index], widen(self.tensors[index])
+        return value.expand(self.batch, *value.shape) if axis is None else axis.front(value, self.batch)
+
+    def value(self, name: str) -> Any:
+        """Argument `name` as the operator got it; a tensor must be among those the rule `saves`."""
+        template = self.call.template(name)
+        return widen(self.tensors[template.index]) if isinstance(template, Ref) else template
+
+    def option(self, name: str, default: Any) -> Any:
+        """An argument that is not a tensor, or its default."""
+        value = self.call.template(name)
+        return default if value is None else value
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of argument `name`, which need not be saved."""
+        return self.call.shapes[self.call.template(name).index]
+
+    def wants(self, name: str) -> bool:
+        """Whether the gradient of parameter `name` is asked for."""
+        return name in self.call.slots
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Half precision as float32; anything else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,64 @@
+r"""The general path: any operator, by its own vector-Jacobian product, one example at a time.
+
+For the shared argument $S$ of an operator that maps row to row, $y_b = f(x_b, S)$, the per-example gradient
+is $G_b = J_S f(x_b, S)^\top g_b$. It is mapped over examples with `torch.func.vmap`; an operator that vmap
+has no rule for is run example by example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perex.capture.carry import tensors_in
+from perex.factors import Dense, Factor
+from perex.rules.call import Captured, unpack
+from perex.rules.registry import Rule
+
+
+def general(captured: Captured) -> dict[Any, Factor]:
+    """Per-example gradients of all wanted tensors of the call, by their numbers."""
+    call, batch = captured.call, captured.batch
+    wanted = list(call.slots)
+    rows: dict[int, Tensor] = {}  # what differs between examples, (B, *batch-of-one shape)
+    fixed: dict[int, Tensor] = {}
+    for index, tensor in captured.tensors.items():
+        axis = call.axes[index] or call.rows.get(index)
+        if axis is None:
+            fixed[index] = tensor
+        else:
+            rows[index] = axis.rows(tensor, batch)
+    outputs = [k for k, grad in enumerate(captured.grads) if grad is not None]
+    grads = [call.out_axes[k].rows(captured.grads[k], batch) for k in outputs]
+
+    def pulled_back(own: dict[int, Tensor], own_grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The gradients of one example, from its rows and its output gradients."""
+
+        def operator(*shared: Tensor) -> tuple[Tensor, ...]:
+            tensors = {**fixed, **own, **dict(zip(wanted, shared, strict=True))}
+            args, kwargs = unpack(call.args, tensors), unpack(call.kwargs, tensors)  # type: ignore[arg-type]
+            produced = list(tensors_in(call.func(*args, **kwargs)))
+            return tuple(produced[k] for k in outputs)
+
+        inputs = [own[i] if i in own else fixed[i] for i in wanted]
+        produced, vjp = torch.func.vjp(operator, *inputs)
+        return vjp(tuple(g.to(y.dtype) for g, y in zip(own_grads, produced, strict=True)))
+
+    try:
+        found = torch.func.vmap(pulled_back)(rows, grads)
+    except (RuntimeError, ValueError, NotImplementedError):
+        each = [
+            pulled_back({i: r[b] for i, r in rows.items()}, [g[b] for g in grads]) for b in range(batch)
+        ]
+        found = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+    factors: dict[Any, Factor] = {}
+    for index, values in zip(wanted, found, strict=True):
+        axis = call.rows.get(index)
+        factors[index] = Dense(values if axis is None else axis.unrows(values, batch))
+    return factors
+
+
+GENERAL = Rule("general", (), frozenset(), frozenset(), general)

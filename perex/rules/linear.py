@@ -1,0 +1,89 @@
+r"""Products with a weight: $y_t = W x_t$, so $G_b = \sum_t g_{bt} x_{bt}^\top$."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perex.factors import Dense, Factor, Outer
+from perex.rules.call import Captured
+from perex.rules.registry import operator_rule
+
+
+def positions(rows: Tensor) -> Tensor:
+    """`(B, ..., d)` as `(B, T, d)`, all positions of an example in one dimension."""
+    return rows.unsqueeze(1) if rows.dim() == 2 else rows.flatten(1, -2)
+
+
+@operator_rule(F.linear, arguments="input weight bias", parameters="weight bias", saves="input")
+def linear(captured: Captured) -> dict[str, Factor]:
+    r"""`F.linear`: $W$ is `(d_out, d_in)`, and the bias's gradient is $\sum_t g_{bt}$."""
+    grad = positions(captured.grad)
+    factors: dict[str, Factor] = {}
+    if captured.wants("weight"):
+        weight = captured.shape("weight")
+        if len(weight) == 1:  # a vector of weights gives one number a position
+            x = captured.examples("input")
+            factors["weight"] = Dense((captured.grad.unsqueeze(-1) * x).reshape(captured.batch, -1, *weight).sum(1))
+        else:
+            factors["weight"] = Outer(grad, positions(captured.examples("input")), weight)
+    if captured.wants("bias"):
+        bias = captured.grad.reshape(captured.batch, -1, *captured.shape("bias"))
+        factors["bias"] = Dense(bias.sum(1))
+    return factors
+
+
+@operator_rule(
+    torch.matmul,
+    torch.mm,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.__matmul__,
+    arguments="input other",
+    parameters="other",
+    saves="input",
+    applies=lambda tensors: tensors["other"].dim() == 2 and tensors["input"].dim() >= 2,
+)
+def matmul(captured: Captured) -> dict[str, Factor]:
+    r"""`x @ W`: $W$ is `(d_in, d_out)`, so $G_b = \sum_t x_{bt} g_{bt}^\top$."""
+    x = positions(captured.examples("input"))
+    return {"other": Outer(x, positions(captured.grad), captured.shape("other"))}
+
+
+@operator_rule(
+    torch.addmm,
+    Tensor.addmm,
+    arguments="input mat1 mat2",
+    parameters="input mat2",
+    saves="mat1",
+    applies=lambda tensors: tensors["input"].dim() == 1,
+)
+def addmm(captured: Captured) -> dict[str, Factor]:
+    """`bias + x @ W`: HF's `Conv1D`, which stores `W` as `(d_in, d_out)`."""
+    grad = positions(captured.grad)
+    factors: dict[str, Factor] = {}
+    if captured.wants("mat2"):
+        factors["mat2"] = Outer(positions(captured.examples("mat1")), grad, captured.shape("mat2"))
+    if captured.wants("input"):
+        factors["input"] = Dense(grad.sum(1).sum_to_size(captured.batch, *captured.shape("input")))
+    return factors
+
+
+@operator_rule(
+    F.bilinear,
+    arguments="input1 input2 weight bias",
+    parameters="weight bias",
+    saves="input1 input2",
+)
+def bilinear(captured: Captured) -> dict[str, Factor]:
+    r"""$y_{to} = x_t^\top W_o z_t$: an outer product of $g_t$ with $x_t z_t^\top$."""
+    grad = positions(captured.grad)
+    factors: dict[str, Factor] = {}
+    if captured.wants("weight"):
+        x, z = positions(captured.examples("input1")), positions(captured.examples("input2"))
+        pairs = (x.unsqueeze(3) * z.unsqueeze(2)).flatten(2)  # (B, T, d1 * d2)
+        factors["weight"] = Outer(grad, pairs, captured.shape("weight"))
+    if captured.wants("bias"):
+        factors["bias"] = Dense(grad.sum(1))
+    return factors

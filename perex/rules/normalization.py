@@ -1,0 +1,124 @@
+r"""Norm layers and slopes: $y = w \hat{x} + b$, so the gradients are $\sum g \hat{x}$ and $\sum g$."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perex.factors import Dense, Factor
+from perex.rules.call import Captured
+from perex.rules.registry import operator_rule
+
+
+def affine(captured: Captured, normalized: Tensor | None, trailing: bool) -> dict[str, Factor]:
+    r"""The two sums, over every dimension that the weight does not have.
+
+    Args:
+        captured: the call.
+        normalized: $\hat{x}$ in the layout of the output, or None where the weight is not wanted.
+        trailing: whether the weight spans the last dimensions (layer norm) or dimension 1 (all others).
+    """
+    grad = captured.grads[0]
+    assert grad is not None
+
+    def by_example(value: Tensor, shape: torch.Size) -> Factor:
+        """Sum `(N, ...)` values of each example to `(B, *shape)`."""
+        rows = captured.call.out_axes[0].rows(value, captured.batch)  # (B, *batch-of-one shape)
+        if trailing:
+            return Dense(rows.reshape(captured.batch, -1, *shape).sum(1))
+        return Dense(rows.movedim(2, -1).reshape(captured.batch, -1, *shape).sum(1))
+
+    factors: dict[str, Factor] = {}
+    if captured.wants("weight") and normalized is not None:
+        factors["weight"] = by_example(grad * normalized, captured.shape("weight"))
+    if captured.wants("bias"):
+        factors["bias"] = by_example(grad, captured.shape("bias"))
+    return factors
+
+
+@operator_rule(
+    F.layer_norm,
+    arguments="input normalized_shape weight bias eps",
+    parameters="weight bias",
+    saves="input",
+)
+def layer_norm(captured: Captured) -> dict[str, Factor]:
+    """Over the last dimensions, with a weight for each of their entries."""
+    x, shape = captured.value("input"), captured.value("normalized_shape")
+    return affine(captured, F.layer_norm(x, shape, eps=captured.option("eps", 1e-5)), trailing=True)
+
+
+@operator_rule(
+    F.rms_norm,
+    arguments="input normalized_shape weight eps",
+    parameters="weight",
+    saves="input",
+)
+def rms_norm(captured: Captured) -> dict[str, Factor]:
+    """Layer norm without centring and bias; the default `eps` is that of the input's own type."""
+    x, shape = captured.value("input"), captured.value("normalized_shape")
+    eps = captured.option("eps", None)
+    if eps is None:
+        index = captured.call.template("input").index
+        eps = torch.finfo(captured.tensors[index].dtype).eps
+    return affine(captured, F.rms_norm(x, shape, eps=eps), trailing=True)
+
+
+@operator_rule(
+    F.group_norm,
+    arguments="input num_groups weight bias eps",
+    parameters="weight bias",
+    saves="input",
+)
+def group_norm(captured: Captured) -> dict[str, Factor]:
+    """Over groups of channels, with a weight for each channel."""
+    x, groups = captured.value("input"), captured.value("num_groups")
+    return affine(captured, F.group_norm(x, groups, eps=captured.option("eps", 1e-5)), trailing=False)
+
+
+@operator_rule(
+    F.instance_norm,
+    arguments="input running_mean running_var weight bias use_input_stats momentum eps",
+    parameters="weight bias",
+    saves="input running_mean running_var",
+)
+def instance_norm(captured: Captured) -> dict[str, Factor]:
+    """Over each image and channel, or with running statistics."""
+    x, eps = captured.value("input"), captured.option("eps", 1e-5)
+    if captured.option("use_input_stats", True):
+        return affine(captured, F.instance_norm(x, eps=eps), trailing=False)
+    return affine(captured, with_running_statistics(captured, x, eps), trailing=False)
+
+
+@operator_rule(
+    F.batch_norm,
+    arguments="input running_mean running_var weight bias training momentum eps",
+    parameters="weight bias",
+    saves="input running_mean running_var",
+)
+def batch_norm(captured: Captured) -> dict[str, Factor]:
+    """With running statistics; with those of the batch it never gets here."""
+    x, eps = captured.value("input"), captured.option("eps", 1e-5)
+    return affine(captured, with_running_statistics(captured, x, eps), trailing=False)
+
+
+def with_running_statistics(captured: Captured, x: Tensor, eps: float) -> Tensor:
+    """Normalise by stored mean and variance of each channel."""
+    return F.batch_norm(x, captured.value("running_mean"), captured.value("running_var"), eps=eps)
+
+
+@operator_rule(torch.prelu, F.prelu, Tensor.prelu, arguments="input weight", parameters="weight", saves="input")
+def prelu(captured: Captured) -> dict[str, Factor]:
+    r"""$y = x$ above zero and $w x$ below, with one slope or one for each channel of dimension 1."""
+    x, weight = captured.value("input"), captured.shape("weight")
+    grad = captured.grads[0]
+    assert grad is not None
+    below = torch.where(x < 0, grad * x, 0)
+    if math.prod(weight) == 1:
+        rows = captured.call.out_axes[0].front(below, captured.batch)
+        return {"weight": Dense(rows.reshape(captured.batch, -1).sum(1).reshape(captured.batch, *weight))}
+    rows = captured.call.out_axes[0].rows(below, captured.batch).movedim(2, -1)
+    return {"weight": Dense(rows.reshape(captured.batch, -1, *weight).sum(1))}

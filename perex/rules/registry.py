@@ -1,0 +1,130 @@
+"""The rules, and how one is found: by operator, or by module class along its hierarchy.
+
+Layers of `torch.nn` need no entry of their own: `nn.Linear` calls `F.linear`, and so does every subclass and
+every function that multiplies by a weight. A rule for a module class is for layers whose gradient has a
+shorter form than that of the operators inside.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from perex.factors.base import Factor
+from perex.rules.call import Captured
+
+RuleFunction = Callable[[Captured], dict[Any, Factor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How to turn the output gradient of one operator or module into factors.
+
+    Attributes:
+        name: what reports call it.
+        arguments: the arguments of the operator, or of the module's `forward`, in order.
+        parameters: those whose per-example gradients the function returns.
+        saves: those whose values it reads again in the backward.
+        function: from `Captured` to a factor for each wanted parameter.
+        applies: whether it covers a call with these tensors, by argument name.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    parameters: frozenset[str]
+    saves: frozenset[str]
+    function: RuleFunction
+    applies: Callable[[dict[str, Tensor]], bool] = field(default=lambda tensors: True)
+
+
+OPERATORS: dict[Any, Rule] = {}
+MODULES: dict[type[nn.Module], Rule] = {}
+
+
+def operator_rule(
+    *operators: Callable[..., Any],
+    arguments: str,
+    parameters: str,
+    saves: str = "",
+    applies: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
+) -> Callable[[RuleFunction], RuleFunction]:
+    """Register a rule for torch operators.
+
+    Args:
+        operators: functions such as `torch.nn.functional.linear`.
+        arguments: their arguments in order, separated by spaces.
+        parameters: arguments whose per-example gradients the rule returns.
+        saves: arguments whose values it needs in the backward.
+        applies: a test on the call's tensors; where it fails, the general path is taken.
+
+    Raises:
+        ValueError: an operator has a rule already.
+    """
+
+    def register(function: RuleFunction) -> RuleFunction:
+        rule = Rule(
+            function.__name__,
+            tuple(arguments.split()),
+            frozenset(parameters.split()),
+            frozenset(saves.split()),
+            function,
+            applies,
+        )
+        for operator in dict.fromkeys(operators):
+            if operator in OPERATORS:
+                raise ValueError(f"{operator} has a rule already: {OPERATORS[operator].name}")
+            OPERATORS[operator] = rule
+        return function
+
+    return register
+
+
+def module_rule(*classes: type[nn.Module], saves: str = "") -> Callable[[RuleFunction], RuleFunction]:
+    r"""Register a rule for module classes, and for subclasses that keep their `forward`.
+
+    The function gets a `Captured` call whose arguments are those of `forward`, and returns one factor for
+    each own parameter of the module, by its attribute name.
+
+    Args:
+        classes: the module classes.
+        saves: arguments of `forward` whose values the rule reads, separated by spaces.
+
+    Raises:
+        ValueError: a class has a rule already.
+
+    Example:
+        >>> import torch, perex
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self, d):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.ones(d))
+        ...     def forward(self, x):
+        ...         return x * self.weight
+        >>> @perex.module_rule(Scale, saves="x")
+        ... def scale(captured):  # d loss_b / d weight = sum over positions of grad * x
+        ...     product = captured.grad * captured.examples("x")
+        ...     return {"weight": perex.factors.Dense(product.flatten(1, -2).sum(1))}
+    """
+
+    def register(function: RuleFunction) -> RuleFunction:
+        for cls in classes:
+            if cls in MODULES:
+                raise ValueError(f"{cls.__name__} has a rule already: {MODULES[cls].name}")
+            names = tuple(inspect.signature(cls.forward).parameters)[1:]
+            MODULES[cls] = Rule(function.__name__, names, frozenset(), frozenset(saves.split()), function)
+        return function
+
+    return register
+
+
+def module_rule_for(module: nn.Module) -> Rule | None:
+    """The rule of the nearest class in the hierarchy, if that class's `forward` is the one that runs."""
+    for cls in type(module).__mro__:
+        rule = MODULES.get(cls)
+        if rule is not None:
+            return rule if type(module).forward is cls.forward and "forward" not in vars(module) else None
+    return None

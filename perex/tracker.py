@@ -1,0 +1,340 @@
+"""The handle a user holds: attach, run forward and backward as usual, read."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from perex.capture.forward import Forward
+from perex.capture.parameters import Entry, Selection, Shared, pull_back
+from perex.capture.session import Session
+from perex.errors import AttachError, LossError, NotReadyError, PerexError, UnsupportedError
+from perex.factors import Dense, Factor
+from perex.quantities import Quantity, SquaredNorms
+from perex.report import Report
+from perex.result import Result
+from perex.rules.call import Call, Captured
+
+By = Literal["parameter", "module"]
+
+
+def attach(
+    model: nn.Module,
+    *quantities: Quantity,
+    params: Selection = None,
+    loss_reduction: Literal["mean", "sum"] = "mean",
+    batch_dim: int = 0,
+    param_grads: bool = True,
+    forwards: Literal["same", "further"] | None = None,
+) -> Tracker:
+    r"""Attach perex to a model, to read per-example gradient norms after a backward.
+
+    For a batch with losses $\ell_b$, it gives $\|\partial \ell_b / \partial \theta\|$ for every example $b$, of
+    each parameter and of all together, exactly and without a backward for each example.
+
+    Args:
+        model: any module. Its code runs unchanged; its `state_dict` and outputs stay as they are.
+        quantities: further statistics to reduce gradients to; see `Tracker.read`.
+        params: which parameters to track: None for all that require grad, names or globs such as
+            `["layer4.*", "fc.weight"]`, or a function of `(name, parameter)`.
+        loss_reduction: how the loss that is run backward comes from the examples' losses: `"mean"` or `"sum"`.
+        batch_dim: the dimension of the model's inputs that holds the examples.
+        param_grads: whether `.grad` is computed too. With False it is left alone, and weight gradients are
+            never computed: the fastest way when only statistics are wanted.
+        forwards: what several forwards before one backward hold: the `"same"` examples, as the two sides of
+            a siamese network, or `"further"` ones. None refuses what it cannot know.
+
+    Returns:
+        A `Tracker`, which is also a context manager that detaches on exit.
+
+    Raises:
+        AttachError: the model is scripted, compiled, `DataParallel` or attached already; an argument is wrong.
+
+    Example:
+        >>> import torch, perex
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 5.0]])
+        >>> with perex.attach(model) as px:
+        ...     model(x).mean().backward()
+        >>> px.norms()
+        tensor([3., 5.])
+    """
+    if loss_reduction not in ("mean", "sum"):
+        raise AttachError(f"loss_reduction={loss_reduction!r}: it is 'mean' or 'sum'")
+    if forwards not in (None, "same", "further"):
+        raise AttachError(f"forwards={forwards!r}: it is None, 'same' or 'further'")
+    if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
+        raise AttachError(f"batch_dim={batch_dim!r}: it is a dimension of the inputs, counted from 0")
+    for quantity in quantities:
+        if not isinstance(quantity, Quantity):
+            raise AttachError(f"{quantity!r} is no perex.Quantity; parameters are chosen with `params=`")
+    return Tracker(model, quantities, params, loss_reduction, batch_dim, param_grads, forwards)
+
+
+class Tracker:
+    """What `attach` returns. See there for the arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quantities: Sequence[Quantity],
+        params: Selection,
+        loss_reduction: Literal["mean", "sum"],
+        batch_dim: int,
+        param_grads: bool,
+        forwards: Literal["same", "further"] | None,
+    ) -> None:
+        self._quantities: list[Quantity] = [SquaredNorms(), *quantities]
+        self._mean = loss_reduction == "mean"
+        self._scale: float | None = None
+        self._param_grads = param_grads
+        self._relation = forwards
+        self._latest: Forward | None = None
+        self._pending: list[weakref.ref[Forward]] = []
+        self._result: Result | None = None
+        self._losses: int | None = None
+        self._session = Session(model, params, param_grads, batch_dim, self, self._began, self._untapped)
+
+    # The contract
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Leave the model as it was found. Results stay readable; calling it again does nothing."""
+        self._session.close()
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples in the latest forward.
+
+        Raises:
+            NotReadyError: there was no forward yet.
+        """
+        if self._latest is None:
+            raise NotReadyError("batch_size: the model has not been called since perex was attached")
+        return self._latest.batch
+
+    def backward(self, losses: Tensor) -> None:
+        r"""Run the backward of per-example losses, so that no reduction has to be guessed.
+
+        `.grad`, where it is wanted, becomes that of the losses' mean or sum, as `loss_reduction` says.
+
+        Args:
+            losses: `(B,)`, the loss of each example. With several forwards before it, their number tells
+                whether these hold the same examples or further ones.
+
+        Raises:
+            LossError: `losses` is not one number an example.
+            NotReadyError: the model has not been called.
+        """
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            what = f"of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise LossError(
+                f"losses: expected a tensor (B,) with one loss an example, got {what}. "
+                "Use a criterion with reduction='none', and average each example's own terms"
+            )
+        forwards = [forward for ref in self._pending if (forward := ref()) is not None]
+        if self._latest is None:
+            raise NotReadyError("backward: call the attached model first, with gradients enabled")
+        forwards = forwards or [self._latest]  # a second backward, of a graph that was retained
+        count = len(losses)
+        sizes = [forward.batch for forward in forwards]
+        if count not in sizes and count != sum(sizes):
+            raise LossError(
+                f"losses: {count} losses for a forward of {' and '.join(map(str, sizes))} examples: there must be one "
+                "loss an example. Is the model's batch axis `batch_dim`?"
+            )
+        if not losses.requires_grad:
+            raise LossError("losses: they do not depend on any tracked parameter, or were computed under no_grad")
+        weight = 1 / count if self._mean and self._param_grads and count else 1.0
+        self._losses, self._scale = count, 1 / weight
+        try:
+            losses.backward(torch.full_like(losses, weight))
+        finally:
+            self._losses, self._scale = None, None
+
+    def norms(self, by: By | None = None) -> Tensor | dict[str, Tensor]:
+        r"""Per-example gradient norms $\|\partial \ell_b / \partial \theta\|$ of the last backward.
+
+        Args:
+            by: None for all tracked parameters together, `"parameter"` or `"module"` for each.
+
+        Returns:
+            Tensor `(B,)`, or a dict of them by parameter name or module path (of its own parameters).
+
+        Raises:
+            NotReadyError: there was no backward since the last forward.
+            PerexError: perex cannot vouch for the numbers; the message says which module, and why.
+        """
+        squared = self.squared_norms(by)
+        if isinstance(squared, dict):
+            return {name: value.sqrt() for name, value in squared.items()}
+        return squared.sqrt()
+
+    def squared_norms(self, by: By | None = None) -> Tensor | dict[str, Tensor]:
+        """Squares of `norms`, which add up over parameters. See there."""
+        values, scale = self._values(0)
+        squared = {entry: value * scale**2 for entry, value in values.items()}
+        if by == "parameter":
+            return {entry.name: value for entry, value in squared.items()}
+        if by == "module":
+            modules: dict[str, Tensor] = {}
+            for entry, value in squared.items():
+                present = modules.get(entry.module)
+                modules[entry.module] = value if present is None else present + value.to(present.device)
+            return modules
+        if by is not None:
+            raise ValueError(f"by={by!r}: it is None, 'parameter' or 'module'")
+        total, *others = squared.values()
+        for value in others:
+            total = total + value.to(total.device)
+        return total
+
+    def read(self, quantity: Quantity) -> dict[str, Tensor]:
+        """The values of a further quantity given to `attach`, by parameter.
+
+        They are of the loss that was run backward: with a mean over the batch, 1/B of each example's own.
+
+        Args:
+            quantity: the object that was given.
+
+        Returns:
+            What its `reduce` made of each parameter, by name.
+        """
+        if quantity not in self._quantities:
+            raise AttachError(f"{quantity!r} was not given to attach")
+        values, _ = self._values(self._quantities.index(quantity))
+        return {entry.name: value for entry, value in values.items()}
+
+    def report(self) -> Report:
+        """Which rule or path each use of a parameter took in the latest forward; print it."""
+        paths = [] if self._latest is None else self._latest.paths
+        return Report(paths, [entry.name for entry in self._session.parameters if entry.tracked])
+
+    # What capture hands over
+
+    def _began(self, forward: Forward) -> None:
+        self._latest = forward
+        self._pending = [ref for ref in self._pending if ref() is not None] + [weakref.ref(forward)]
+
+    def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """An output gradient of a call has arrived: reduce or keep its factors."""
+        forward = call.forward
+        result = self._open(forward)
+        if forward.recomputed:
+            result.refuse(
+                UnsupportedError(
+                    f"module '{call.where}' runs under reentrant checkpointing, which hides its parameters from the "
+                    "forward: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                )
+            )
+            return
+        device = saved[0].device.type if saved else "cpu"
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            captured = Captured(call, saved, grads)
+            self._note_overflow(result, call, grads)
+            factors = call.rule.function(captured)
+            for slot, source in call.slots.items():
+                factor = check_factor(call, slot, factors.get(slot), captured.batch)
+                if isinstance(source, Shared):
+                    with torch.enable_grad():
+                        pulled = pull_back(source, factor.dense(0, captured.batch))
+                    for entry in source.entries:
+                        grad = next((g for e, g in pulled if e is entry), None)
+                        if grad is None:
+                            grad = torch.zeros(captured.batch, *entry.parameter.shape).to(entry.parameter)
+                        result.add(forward, entry, Dense(grad))
+                else:
+                    result.add(forward, source, factor)
+
+    def escaped(self, forward: Forward, names: str) -> None:
+        """A gradient came from an unseen use of a derived tensor."""
+        self._open(forward).refuse(
+            UnsupportedError(
+                f"a tensor derived from {names} got a gradient from a use that perex did not see: it was returned by "
+                "the model or kept, and used outside its forward, or in code perex cannot see into. Use it inside "
+                "the model's forward, or leave these parameters out with `params=`"
+            )
+        )
+
+    def _untapped(self, name: str) -> None:
+        """A gradient reached a parameter from an unseen use."""
+        result = self._open(None)
+        result.refuse(
+            UnsupportedError(
+                f"parameter '{name}' got a gradient from a use that perex did not see: outside the model's forward "
+                "(a penalty added to the loss, say), in a forward before perex was attached, or in compiled or "
+                "scripted code in which its hooks do not run. Move that use into the model's forward, run it "
+                "uncompiled, or leave the parameter out with `params=`"
+            )
+        )
+
+    def _open(self, forward: Forward | None) -> Result:
+        """The result of the backward that is running, begun if this is the first that is heard of it."""
+        task = torch._C._current_graph_task_id()
+        result = self._result
+        if result is not None and result.task == task:
+            return result
+        waiting = [found for ref in self._pending if (found := ref()) is not None]
+        alone = all(found is forward for found in waiting)
+        number = self._latest.number if self._latest is not None else 0
+        result = Result(task, self._quantities, alone, number, self._losses, self._scale)
+        self._result = result
+        self._pending = []
+        self._session.fresh = True
+        if forward is not None and not torch._C._will_engine_execute_node(forward.sentinel.grad_fn):
+            stand_ins = [entry.stand_in for entry in forward.uses if self._param_grads]
+            nodes = [tensor.grad_fn for tensor in stand_ins if tensor is not None and tensor.grad_fn is not None]
+            if not nodes or not all(map(torch._C._will_engine_execute_node, nodes)):
+                result.refuse(
+                    UnsupportedError(
+                        "the last backward went to some inputs only (torch.autograd.grad, or backward(inputs=...)), so "
+                        "not every parameter's gradient was seen: run loss.backward() or px.backward(losses)"
+                    )
+                )
+        return result
+
+    def _note_overflow(self, result: Result, call: Call, grads: Sequence[Tensor | None]) -> None:
+        """Remember examples whose half-precision gradients became infinite."""
+        for grad, axis in zip(grads, call.out_axes, strict=True):
+            if grad is not None and grad.dtype in (torch.float16, torch.bfloat16):
+                rows = axis.front(grad, call.forward.batch).reshape(call.forward.batch, -1)
+                result.overflow(call.forward, rows.isinf().any(1) & ~rows.isnan().any(1))
+
+    def _values(self, index: int) -> tuple[dict[Entry, Tensor], float]:
+        """One quantity of the last backward, and what gradients are to be multiplied by."""
+        result = self._result
+        if result is None:
+            raise NotReadyError("nothing to read yet: run a forward and a backward of the attached model")
+        if self._latest is not None and self._latest.number > result.number:
+            raise NotReadyError("nothing to read: the latest forward has not been followed by a backward yet")
+        if result.error is not None:
+            raise result.error
+        values, batch = result.values(index, self._relation)
+        scale = result.scale if result.scale is not None else float(batch if self._mean else 1)
+        return values, scale
+
+
+def check_factor(call: Call, slot: object, factor: Factor | None, batch: int) -> Factor:
+    """What a rule returned for one parameter, when it fits that parameter."""
+    source = call.slots[slot]
+    tensor = source.tensor if isinstance(source, Shared) else source.parameter
+    if factor is None:
+        raise PerexError(f"rule '{call.rule.name}' returned nothing for '{slot}' of module '{call.where}'")
+    if factor.shape != tensor.shape or factor.batch != batch:
+        raise PerexError(
+            f"rule '{call.rule.name}' returned gradients of shape {(factor.batch, *factor.shape)} for '{slot}' of module "
+            f"'{call.where}', which needs {(batch, *tensor.shape)}"
+        )
+    return factor
