@@ -18,7 +18,7 @@ from perex.factors import Dense, Factor
 from perex.quantities import Quantity, SquaredNorms
 from perex.report import Report
 from perex.result import Result
-from perex.rules.call import Call, Captured
+from perex.rules.call import Call, Captured, widen
 
 By = Literal["parameter", "module"]
 
@@ -254,7 +254,7 @@ class Tracker:
                         grad = next((g for e, g in pulled if e is entry), None)
                         if grad is None:
                             grad = torch.zeros(captured.batch, *entry.parameter.shape).to(entry.parameter)
-                        result.add(forward, entry, Dense(grad))
+                        result.add(forward, entry, Dense(widen(grad)))
                 else:
                     result.add(forward, source, factor)
 

@@ -149,12 +149,12 @@ def dims_of(value: Any, ndim: int) -> list[int]:
     return [normal(int(d), ndim) for d in value]
 
 
-def member(*names: str) -> Iterator[Any]:
-    """Every torch callable of these names: functions, methods, in-place and dunder forms."""
+def member(names: list[str], in_place: bool) -> Iterator[Any]:
+    """Every torch callable of these names: functions, methods, dunder and perhaps in-place forms."""
     functional = torch.nn.functional
     spaces = (torch, Tensor, functional, torch._C._nn, torch.special, torch.linalg, torch.fft)
     for name in names:
-        forms = (name, f"{name}_", f"__{name}__", f"__i{name}__", f"__r{name}__")
+        forms = [name, f"__{name}__", f"__r{name}__"] + [f"{name}_", f"__i{name}__"] * in_place
         for space in spaces:
             for form in forms:
                 found = getattr(space, form, None)
@@ -162,11 +162,17 @@ def member(*names: str) -> Iterator[Any]:
                     yield found
 
 
-def family(names: str) -> Callable[[Handler], Handler]:
-    """Enter a handler for all operators of these names, in all their forms; each is in one family."""
+def family(names: str, in_place: bool = True) -> Callable[[Handler], Handler]:
+    """Enter a handler for all operators of these names, in all their forms; each is in one family.
+
+    Args:
+        names: the operators' names, separated by spaces.
+        in_place: whether the handler holds for in-place forms too: not where they change the shape of the
+            argument, which is looked at after the call.
+    """
 
     def enter(handler: Handler) -> Handler:
-        for func in member(*names.split()):
+        for func in member(names.split(), in_place):
             try:
                 present = FAMILIES.setdefault(func, handler)
             except TypeError:  # not hashable: never handed to a mode

@@ -56,7 +56,7 @@ def aligned(op: Operation, arguments: list[tuple[Tensor, Axis]] | None = None) -
     ne neg negative nextafter normal not_equal ones_like or polar polygamma pos positive pow psi rad2deg
     rand_like randn_like real reciprocal relu relu6 remainder requires_grad resolve_conj resolve_neg round
     rrelu rshift rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign
-    sqrt square sub subtract tan tanh tanhshrink threshold to true_divide truediv trunc type type_as uniform
+    sqrt square sub subtract tan tanh tanhshrink threshold true_divide truediv trunc uniform
     where xlog1py xlogy xor zero zeros_like zeta imag
     """
 )
@@ -65,6 +65,12 @@ def pointwise(op: Operation) -> Label:
     if op.name == "where" and len(op.args) + len(op.kwargs) == 1:
         return op.unknown("finds positions")
     return aligned(op)
+
+
+@family("to type type_as")
+def conversion(op: Operation) -> Label:
+    """The first argument in another form; of a second one, only the form is read."""
+    return op.axis(op.args[0])
 
 
 def over(op: Operation, dims: list[int], keepdim: bool) -> Label:
@@ -85,8 +91,7 @@ def over(op: Operation, dims: list[int], keepdim: bool) -> Label:
 )
 def reduction(op: Operation) -> Label:
     """Reductions called as `f(input, dim, keepdim)`."""
-    ndim = op.args[0].dim() if op.args else result_tensor(op).dim()
-    dims = dims_of(op.arg(1, "dim", op.kwargs.get("axis")), ndim)
+    dims = dims_of(op.arg(1, "dim", op.kwargs.get("axis")), op.batched()[0][0].dim())
     return over(op, dims, bool(op.arg(2, "keepdim", False)))
 
 
@@ -101,17 +106,18 @@ def extremum(op: Operation) -> Label:
 def spread(op: Operation) -> Label:
     """`std(input, dim, ...)`, or `std(input, unbiased)` over everything."""
     dim = op.arg(1, "dim", op.kwargs.get("axis"))
-    dims = dims_of(None if isinstance(dim, bool) else dim, op.args[0].dim())
+    dims = dims_of(None if isinstance(dim, bool) else dim, op.batched()[0][0].dim())
     return over(op, dims, bool(op.arg(3, "keepdim", False)))
 
 
 @family("norm vector_norm quantile nanquantile kthvalue renorm")
 def reduction_with_order(op: Operation) -> Label:
     """Reductions called as `f(input, order, dim, keepdim)`."""
-    if op.name == "renorm":
+    order = op.arg(1, "q")
+    if op.name == "renorm" or isinstance(order, Tensor) and order.dim():  # several quantiles: a new dimension
         return op.unknown()
     default = -1 if op.name == "kthvalue" else None
-    dims = dims_of(op.arg(2, "dim", default), op.args[0].dim())
+    dims = dims_of(op.arg(2, "dim", default), op.batched()[0][0].dim())
     return over(op, dims, bool(op.arg(3, "keepdim", False)))
 
 
@@ -305,6 +311,17 @@ def lookup(op: Operation) -> Label:
     return axis
 
 
+def lookup_weight_first(op: Operation) -> Label:
+    """`torch.embedding(weight, ids)`, which F.embedding calls."""
+    axis = op.axis(op.arg(1, "indices"))
+    if op.arg(3, "scale_grad_by_freq", False):
+        return op.mixed(BY_FREQUENCY)
+    return axis if axis is not None and len(op.batched()) == 1 else op.mixed()
+
+
+FAMILIES[torch.embedding] = lookup_weight_first
+
+
 @family("embedding_bag")
 def embedding_bag(op: Operation) -> Label:
     """A row of the result for each bag: a row of the ids, or a run of them that begins at an offset."""
@@ -377,6 +394,8 @@ def pool(op: Operation) -> Label:
     """Windows over the last dimensions; those before them are left alone."""
     x = op.args[0] if op.args else op.kwargs["input"]
     windows = int(next(c for c in op.name if c.isdigit()))
+    if not op.only(x, op.arg(1, "indices") if "unpool" in op.name else None):
+        return op.mixed()
     axes = {axis for _, axis in op.batched()}
     axis = axes.pop()
     return axis if not axes and axis.dim < x.dim() - windows else op.mixed()

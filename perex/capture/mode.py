@@ -14,7 +14,7 @@ from perex.capture import families, views  # noqa: F401  (they fill the table of
 from perex.capture.axis import Axis, Label, Lost
 from perex.capture.carry import FAMILIES, Operation, carry, tensors_in
 from perex.capture.forward import Forward
-from perex.capture.operators import PASSED_OVER, body, composite, in_place, out_of_place
+from perex.capture.operators import PASSED_OVER, READS_FIRST, body, composite, in_place, out_of_place
 from perex.capture.parameters import Entry, Parameters, Shared, Source
 from perex.capture.taps import Guard, Tap
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
@@ -121,7 +121,7 @@ class Capture(TorchFunctionMode):
         if not self.active or func in PASSED_OVER:
             return func(*args, **kwargs)
         kinds = 0
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in tensors_in(args[:1] if func in READS_FIRST else (args, kwargs)):
             kinds |= self.kind(tensor)
         if not kinds:
             return func(*args, **kwargs)
@@ -202,7 +202,16 @@ class Capture(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         name = name.strip("_") if name.startswith("__") else name.rstrip("_")
         found = carry(Operation(name, args, kwargs, out, self.batch_label, self.forward.batch), func)
-        return found if isinstance(found, list) else [found] * len(produced)
+        labels = found if isinstance(found, list) else [found] * len(produced)
+        return [self.checked(tensor, label, name) for tensor, label in zip(produced, labels, strict=True)]
+
+    def checked(self, tensor: Tensor, label: Label, name: str) -> Label:
+        """A label, if the tensor has a dimension of the size it says."""
+        if isinstance(label, Axis):
+            size = label.size(self.forward.batch)
+            if not 0 <= label.dim < tensor.dim() or tensor.size(label.dim) != size:
+                return Lost("unknown", f"`{name}` has a result of an unexpected shape, {tuple(tensor.shape)}")
+        return label
 
     def rewrite(self, tensor: Tensor, label: Label) -> None:
         """Label a tensor that was changed in place, and the tensor that it is a view of."""
@@ -515,5 +524,6 @@ class Capture(TorchFunctionMode):
                 "has dropout inside, whose random choice cannot be repeated. Set its dropout to 0, or call "
                 "`.eval()` on the module",
             )
-        if name in ("rrelu", "scaled_dot_product_attention") and kwargs.get("dropout_p", 0.0) > 0:
+        dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+        if name == "rrelu" or name == "scaled_dot_product_attention" and dropout > 0:
             raise self.unsupported(func, "draws random numbers together with a parameter")

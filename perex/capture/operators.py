@@ -43,6 +43,9 @@ def _metadata() -> frozenset[Any]:
 PASSED_OVER = _metadata()
 """Operators that capture lets through unseen."""
 
+READS_FIRST = frozenset({Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as})
+"""Operators that read only the shape or type of their further arguments."""
+
 DUNDERS = {
     "__iadd__": "add",
     "__isub__": "sub",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -81,6 +82,7 @@ class Session:
         self.capture: Capture | None = None
         self.running = False
         self.forwards = 0
+        self.outputs: list[tuple[weakref.ref[Tensor], Axis | Lost]] = []  # of the latest forward
         self.fresh = False  # whether a backward came since the stand-ins were made
         self.parameters = Parameters(model, params, param_grads, untapped)
         try:
@@ -125,7 +127,7 @@ class Session:
                 if out is not None:
                     result = self.close_module(capture, module, args, kwargs, out)
             if frame.begins and capture is not None and out is not None:
-                self.check_outputs(capture, out)
+                self.take_outputs(capture, out)
         finally:
             self.frames.pop()
             if frame.begins:
@@ -140,12 +142,8 @@ class Session:
             return
         recomputed = torch._C._current_graph_task_id() != -1
         capture = self.capture
-        goes_on = (
-            capture is not None
-            and not self.fresh
-            and not recomputed
-            and any(getattr(t, self.key, (None,))[0] == capture.forward.number for t in inputs)
-        )
+        outputs = {id(t): label for ref, label in self.outputs if (t := ref()) is not None}
+        goes_on = capture is not None and not self.fresh and not recomputed and any(id(t) in outputs for t in inputs)
         if not goes_on:
             if not recomputed:
                 self.parameters.refresh()
@@ -162,9 +160,10 @@ class Session:
         assert capture is not None
         self.capture = capture
         capture.inputs = inputs
+        batch = capture.forward.batch
         for tensor in inputs:
-            if capture.label(tensor) is None:
-                capture.mark_foreign(tensor, self.input_axis(tensor, batch))
+            known = outputs.get(id(tensor)) if goes_on else None
+            capture.mark_foreign(tensor, known or self.input_axis(tensor, batch))
         frame.begins = True
         self.running = True
         capture.__enter__()
@@ -202,10 +201,14 @@ class Session:
         assert rule is not None
         return capture.tap_module(module, rule, args, kwargs, out)
 
-    def check_outputs(self, capture: Capture, out: Any) -> None:
-        """Refuse outputs in which examples are mixed, or may be."""
+    def take_outputs(self, capture: Capture, out: Any) -> None:
+        """Remember where the examples are in the outputs; refuse those in which they are mixed, or may be."""
+        self.outputs = []
         for tensor in tensors_of(out):
             label = capture.label(tensor)
+            if isinstance(label, (Axis, Lost)):
+                self.outputs.append((weakref.ref(tensor), label))
+                capture.labelled.append(tensor)
             if isinstance(label, Lost) and label.kind != "reduced" and tensor.requires_grad:
                 raise UnsupportedError(
                     f"perex cannot tell the examples apart in an output of the model: {label.why}. "

@@ -19,7 +19,7 @@ def only(op: Operation) -> tuple[Tensor, Axis] | None:
     return batched[0] if len(batched) == 1 and batched[0][0] is first else None
 
 
-@family("reshape view flatten unflatten ravel view_as reshape_as unsafe_view")
+@family("reshape view flatten unflatten ravel view_as reshape_as unsafe_view", in_place=False)
 def reshape(op: Operation) -> Label:
     """Any change of shape that keeps the order of the elements."""
     source, out = op.args[0], result_tensor(op)
@@ -37,7 +37,7 @@ def permuted(op: Operation, order: list[int]) -> Label:
     return found[1].moved(order.index(found[1].dim)) if found else op.unknown()
 
 
-@family("transpose swapaxes swapdims")
+@family("transpose swapaxes swapdims", in_place=False)
 def transpose(op: Operation) -> Label:
     """`transpose(input, dim0, dim1)`."""
     ndim = op.args[0].dim()
@@ -48,7 +48,7 @@ def transpose(op: Operation) -> Label:
     return permuted(op, order)
 
 
-@family("t adjoint")
+@family("t adjoint", in_place=False)
 def transpose_last(op: Operation) -> Label:
     """The last two dimensions exchanged."""
     order = list(range(op.args[0].dim()))
@@ -76,7 +76,7 @@ for _name in ("real", "imag", "data"):
     FAMILIES[getattr(Tensor, _name).__get__] = _same
 
 
-@family("permute")
+@family("permute", in_place=False)
 def permute(op: Operation) -> Label:
     """`permute(input, dims)`, or `x.permute(*dims)`."""
     dims = op.arg(1, "dims")
@@ -84,7 +84,7 @@ def permute(op: Operation) -> Label:
     return permuted(op, [normal(int(d), op.args[0].dim()) for d in dims])
 
 
-@family("movedim moveaxis")
+@family("movedim moveaxis", in_place=False)
 def movedim(op: Operation) -> Label:
     """`movedim(input, source, destination)`."""
     ndim = op.args[0].dim()
@@ -95,7 +95,7 @@ def movedim(op: Operation) -> Label:
     return permuted(op, [moved[d] if d in moved else next(rest) for d in range(ndim)])
 
 
-@family("unsqueeze")
+@family("unsqueeze", in_place=False)
 def unsqueeze(op: Operation) -> Label:
     """A new dimension of size one."""
     found = only(op)
@@ -105,7 +105,7 @@ def unsqueeze(op: Operation) -> Label:
     return found[1].moved(found[1].dim + (found[1].dim >= dim))
 
 
-@family("squeeze")
+@family("squeeze", in_place=False)
 def squeeze(op: Operation) -> Label:
     """Dimensions of size one dropped; with one example the batch axis itself may go."""
     found = only(op)
@@ -120,7 +120,7 @@ def squeeze(op: Operation) -> Label:
     return Axis(0, 1, out.size(0)) if out.dim() else op.reduced()
 
 
-@family("repeat tile")
+@family("repeat tile", in_place=False)
 def repeat(op: Operation) -> Label:
     """Whole copies of the tensor side by side."""
     found = only(op)
@@ -134,7 +134,7 @@ def repeat(op: Operation) -> Label:
     return Axis(dim, axis.outer * times, axis.inner)
 
 
-@family("repeat_interleave")
+@family("repeat_interleave", in_place=False)
 def repeat_interleave(op: Operation) -> Label:
     """Every row several times in a row: with a number of times, or a tensor of them for other dims."""
     found = only(op)
@@ -157,13 +157,13 @@ def picked(op: Operation, dim: int, drops: bool) -> Label:
     return axis.moved(axis.dim - 1) if drops and dim < axis.dim else axis
 
 
-@family("select")
+@family("select", in_place=False)
 def select(op: Operation) -> Label:
     """`select(input, dim, index)`."""
     return picked(op, op.arg(1, "dim"), drops=True)
 
 
-@family("narrow index_select slice")
+@family("narrow index_select slice", in_place=False)
 def narrow(op: Operation) -> Label:
     """`narrow(input, dim, start, length)`, `index_select(input, dim, index)`."""
     found = only(op)
@@ -172,13 +172,13 @@ def narrow(op: Operation) -> Label:
     return picked(op, op.arg(1, "dim"), drops=False)
 
 
-@family("diff")
+@family("diff", in_place=False)
 def diff(op: Operation) -> Label:
     """Differences of neighbours along a dimension."""
     return picked(op, op.arg(2, "dim", -1), drops=False)
 
 
-@family("split chunk tensor_split split_with_sizes hsplit vsplit dsplit unbind unsafe_chunk unsafe_split")
+@family("split chunk tensor_split split_with_sizes hsplit vsplit dsplit unbind unsafe_chunk unsafe_split", in_place=False)
 def split(op: Operation) -> Label | list[Label]:
     """Pieces along a dimension; pieces of the batch axis hold whole batches or are not followed."""
     found = only(op)
@@ -195,7 +195,7 @@ def split(op: Operation) -> Label | list[Label]:
     return [Axis(dim, piece.size(dim) // block, axis.inner) for piece in op.out]
 
 
-@family("cat concat concatenate")
+@family("cat concat concatenate", in_place=False)
 def cat(op: Operation) -> Label:
     """Side by side along a dimension; several batches along the batch axis are kept apart."""
     parts = list(op.arg(0, "tensors"))
@@ -211,7 +211,7 @@ def cat(op: Operation) -> Label:
     return Axis(dim, sum(axis.outer for part in parts if (axis := op.axis(part))), inner.pop()[1])
 
 
-@family("stack")
+@family("stack", in_place=False)
 def stack(op: Operation) -> Label:
     """A new dimension, one entry a tensor."""
     axes = {axis for _, axis in op.batched()}
@@ -221,7 +221,7 @@ def stack(op: Operation) -> Label:
     return axis.moved(axis.dim + (axis.dim >= normal(op.arg(1, "dim", 0), result_tensor(op).dim())))
 
 
-@family("pad")
+@family("pad", in_place=False)
 def pad(op: Operation) -> Label:
     """`pad(input, (left, right, top, bottom, ...))`, from the last dimension on."""
     found = only(op)
@@ -251,14 +251,14 @@ def gather(op: Operation) -> Label:
     return axis
 
 
-@family("view_as_real view_as_complex")
+@family("view_as_real view_as_complex", in_place=False)
 def complex_view(op: Operation) -> Label:
     """A last dimension of real and imaginary part, added or taken away."""
     tensor, axis = op.batched()[0]
     return op.unknown() if op.name == "view_as_complex" and axis.dim == tensor.dim() - 1 else axis
 
 
-@family("getitem")
+@family("getitem", in_place=False)
 def getitem(op: Operation) -> Label:
     """`x[index]`, basic and advanced."""
     return indexed(op, op.args[0], op.args[1])
