@@ -13,6 +13,7 @@ from perex.quantities import Quantity
 from perex.rules import broadcast, convolution, embedding, linear, normalization  # noqa: F401  (they register)
 from perex.rules.call import Captured
 from perex.rules.registry import module_rule, operator_rule
+from perex.scoring import Scores, ScoringError, score
 from perex.tracker import Tracker, attach
 
 __version__ = "0.1.0"
@@ -25,10 +26,13 @@ __all__ = [
     "NotReadyError",
     "PerexError",
     "Quantity",
+    "Scores",
+    "ScoringError",
     "Tracker",
     "UnsupportedError",
     "attach",
     "factors",
     "module_rule",
     "operator_rule",
+    "score",
 ]

@@ -11,6 +11,10 @@ class AttachError(PerexError):
     """The model, or an argument of `attach`, cannot be used as given."""
 
 
+class ArgumentError(PerexError, ValueError):
+    """An argument of another function has a value it cannot have."""
+
+
 class ExamplesMixError(PerexError):
     """Examples of one batch influence each other, so no example has a gradient of its own."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perex.capture.forward import Forward
 from perex.capture.parameters import Entry, Selection, Shared, pull_back
 from perex.capture.session import Session
-from perex.errors import AttachError, LossError, NotReadyError, PerexError, UnsupportedError
+from perex.errors import ArgumentError, AttachError, LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Dense, Factor
 from perex.quantities import Quantity, SquaredNorms
 from perex.report import Report
@@ -128,7 +128,7 @@ class Tracker:
     def backward(self, losses: Tensor) -> None:
         r"""Run the backward of per-example losses, so that no reduction has to be guessed.
 
-        `.grad`, where it is wanted, becomes that of the losses' mean or sum, as `loss_reduction` says.
+        It is the backward of the losses' mean or sum, as `loss_reduction` says; norms are of each loss alone.
 
         Args:
             losses: `(B,)`, the loss of each example. With several forwards before it, their number tells
@@ -157,7 +157,7 @@ class Tracker:
             )
         if not losses.requires_grad:
             raise LossError("losses: they do not depend on any tracked parameter, or were computed under no_grad")
-        weight = 1 / count if self._mean and self._param_grads and count else 1.0
+        weight = 1 / count if self._mean and count else 1.0
         self._losses, self._scale = count, 1 / weight
         try:
             losses.backward(torch.full_like(losses, weight))
@@ -195,7 +195,7 @@ class Tracker:
                 modules[entry.module] = value if present is None else present + value.to(present.device)
             return modules
         if by is not None:
-            raise ValueError(f"by={by!r}: it is None, 'parameter' or 'module'")
+            raise ArgumentError(f"by={by!r}: it is None, 'parameter' or 'module'")
         total, *others = squared.values()
         for value in others:
             total = total + value.to(total.device)
@@ -213,7 +213,7 @@ class Tracker:
             What its `reduce` made of each parameter, by name.
         """
         if quantity not in self._quantities:
-            raise AttachError(f"{quantity!r} was not given to attach")
+            raise ArgumentError(f"{quantity!r} was not given to attach")
         values, _ = self._values(self._quantities.index(quantity))
         return {entry.name: value for entry, value in values.items()}
 

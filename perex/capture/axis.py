@@ -73,7 +73,8 @@ class Lost(NamedTuple):
     """The examples can no longer be told apart in a tensor.
 
     `kind` is `"reduced"` (summed over the batch, as a loss is), `"mixed"` (a row depends on several
-    examples) or `"unknown"` (perex does not know how the operator arranges examples).
+    examples), `"unknown"` (perex does not know how the operator arranges examples) or `"refused"` (mixed by
+    a setting of a layer, which is refused for a batch of one too).
     """
 
     kind: str

@@ -75,6 +75,10 @@ class Operation:
         """The label of a result that sums over the batch."""
         return Lost("reduced", f"`{self.name}` reduces the batch axis")
 
+    def refused(self, why: str) -> Lost:
+        """The label of a result of a layer that is set to mix examples."""
+        return Lost("refused", f"`{self.name}` {why}")
+
     def mixed(self, how: str = "works along the batch axis") -> Lost:
         """The label of a result in which one row depends on several examples."""
         return Lost("mixed", f"`{self.name}` {how}")
@@ -112,9 +116,11 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         elif isinstance(label, Lost) and (lost is None or lost.kind == "reduced"):
             lost = label
     handler = FAMILIES.get(func)
+    if handler is factory:
+        return None
+    if operation.batch == 1 and (batched or lost is not None):
+        return alone(operation, handler, lost)
     if lost is not None:
-        if handler is factory:
-            return None
         if lost.kind == "reduced" and batched:
             return Lost("mixed", f"{lost.why}, and `{operation.name}` gives the outcome back to every example")
         return lost
@@ -123,6 +129,20 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
     if handler is None:
         return operation.unknown("is an operator perex does not know")
     return handler(operation)
+
+
+def alone(operation: Operation, handler: Handler | None, lost: Lost | None) -> Label | list[Label]:
+    """The labels in a batch of one example, which has nothing to mix with: every row of a result is its own."""
+    found = operation.unknown() if handler is None or lost is not None else handler(operation)
+    labels = found if isinstance(found, list) else [found]
+    results = list(tensors_in(operation.out))
+    if len(labels) != len(results):
+        labels = labels * len(results)
+    own: list[Label] = []
+    for label, result in zip(labels, results, strict=True):
+        rescued = isinstance(label, Lost) and label.kind != "refused" and result.dim() > 0
+        own.append(Axis(0, 1, result.size(0)) if rescued else label)
+    return own
 
 
 def factory(operation: Operation) -> Label:

@@ -18,11 +18,6 @@ family("arange linspace logspace eye zeros ones full empty new_zeros new_ones ne
 )
 
 
-def everything(out: Tensor) -> Axis | None:
-    """With one example in the batch, every row is that example's."""
-    return Axis(0, 1, out.size(0)) if out.dim() else None
-
-
 def aligned(op: Operation, arguments: list[tuple[Tensor, Axis]] | None = None) -> Label:
     """The batch axis under broadcasting: dimensions are matched from the right."""
     out = result_tensor(op)
@@ -30,14 +25,9 @@ def aligned(op: Operation, arguments: list[tuple[Tensor, Axis]] | None = None) -
     for tensor, axis in op.batched() if arguments is None else arguments:
         place = axis.moved(axis.dim - tensor.dim() + out.dim())
         if place.dim < 0 or out.size(place.dim) != axis.size(op.batch):
-            alone = everything(out) if op.batch == 1 else None
-            return alone or op.mixed("broadcasts over the batch axis")
+            return op.mixed("broadcasts over the batch axis")
         places.add(place)
-    if len(places) == 1:
-        return places.pop()
-    if op.batch == 1:
-        return everything(out) or op.unknown()
-    return op.mixed("pairs examples with each other")
+    return places.pop() if len(places) == 1 else op.mixed("pairs examples with each other")
 
 
 @family(
@@ -304,7 +294,7 @@ BY_FREQUENCY = (
 def lookup(op: Operation) -> Label:
     """Ids of any shape, a vector for each."""
     if op.arg(5, "scale_grad_by_freq", False):
-        return op.mixed(BY_FREQUENCY)
+        return op.refused(BY_FREQUENCY)
     axis = op.axis(op.arg(0, "input"))
     if axis is None or len(op.batched()) != 1:
         return op.mixed("has a table that differs between examples")
@@ -315,7 +305,7 @@ def lookup_weight_first(op: Operation) -> Label:
     """`torch.embedding(weight, ids)`, which F.embedding calls."""
     axis = op.axis(op.arg(1, "indices"))
     if op.arg(3, "scale_grad_by_freq", False):
-        return op.mixed(BY_FREQUENCY)
+        return op.refused(BY_FREQUENCY)
     return axis if axis is not None and len(op.batched()) == 1 else op.mixed()
 
 
@@ -326,7 +316,7 @@ FAMILIES[torch.embedding] = lookup_weight_first
 def embedding_bag(op: Operation) -> Label:
     """A row of the result for each bag: a row of the ids, or a run of them that begins at an offset."""
     if op.arg(5, "scale_grad_by_freq", False):
-        return op.mixed(BY_FREQUENCY)
+        return op.refused(BY_FREQUENCY)
     offsets = op.arg(2, "offsets")
     if offsets is None:
         ids, weights = op.arg(0, "input"), op.arg(8, "per_sample_weights")
@@ -371,7 +361,7 @@ FAMILIES[Tensor.unfold] = window
 def batch_norm(op: Operation) -> Label:
     """Pointwise with stored statistics; with statistics of the batch, examples mix."""
     if op.arg(5, "training", False):
-        return op.mixed(
+        return op.refused(
             "normalises over the batch, so every example depends on all others. Call `.eval()` on this module "
             "(to use its running statistics; it needs some), or replace it by GroupNorm, LayerNorm or "
             "InstanceNorm"

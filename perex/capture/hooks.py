@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from perex.errors import AttachError
 
 
-def nothing(*args: Any) -> None:
-    """What a copy of an attached model has in place of perex's hooks."""
-
-
-def inert() -> Callable[..., None]:
-    """What unpickling a hook gives."""
-    return nothing
-
-
 class Hook:
-    """A hook of an attached model. Copies and pickles of the model get one that does nothing."""
+    """A hook of an attached model, known by its class."""
 
     def __init__(self, run: Callable[..., Any], path: str) -> None:
         self.run = run
@@ -31,11 +22,25 @@ class Hook:
         """Run the hook with the module's path."""
         return self.run(self.path, module, *arguments)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return inert, ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return nothing
+class Reduce:
+    """An attached module's `__reduce_ex__`: copies and pickles of the model know nothing of perex."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, protocol: int) -> str | tuple[Any, ...]:
+        """What the module's class answers, without the hooks."""
+        answer = type(self.module).__reduce_ex__(self.module, protocol)
+        if not isinstance(answer, tuple) or len(answer) < 3 or not isinstance(answer[2], dict):
+            return answer
+        state = {name: value for name, value in answer[2].items() if not isinstance(value, Reduce)}
+        hooks = {**state.get("_forward_pre_hooks", {}), **state.get("_forward_hooks", {})}
+        own = {key for key, hook in hooks.items() if isinstance(hook, Hook)}
+        for name, value in state.items():
+            if name.startswith(("_forward_pre_hooks", "_forward_hooks")):
+                state[name] = type(value)((key, item) for key, item in value.items() if key not in own)
+        return *answer[:2], state, *answer[3:]
 
 
 def hooked(model: nn.Module) -> str | None:
@@ -46,8 +51,10 @@ def hooked(model: nn.Module) -> str | None:
     return None
 
 
-def hook(model: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any]) -> list[RemovableHandle]:
-    """Hook all modules of a model.
+def hook(
+    model: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any]
+) -> list[Callable[[], object]]:
+    """Hook all modules of a model; what it returns, called, takes the hooks off again.
 
     Args:
         model: the model.
@@ -60,9 +67,11 @@ def hook(model: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any])
             f"perex is attached to {f'module {taken!r}' if taken else 'this model'} already: call `.detach()` on "
             "that tracker first, or use it as a context manager"
         )
-    handles = []
+    undo: list[Callable[[], object]] = []
     for path, module in model.named_modules():
         before, after = Hook(enter, path), Hook(leave, path)  # around the user's own hooks, which it must see
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
-    return handles
+        undo.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
+        undo.append(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
+        module.__dict__["__reduce_ex__"] = Reduce(module)
+        undo.append(functools.partial(module.__dict__.pop, "__reduce_ex__", None))
+    return undo

@@ -474,6 +474,8 @@ class Capture(TorchFunctionMode):
             operation = Operation("getitem", (target, index), {}, piece, labels_with, self.forward.batch)
             if carry(operation, Tensor.__getitem__) == want:
                 return trial
+        if self.forward.batch == 1 and target.dim():
+            return Axis(0, 1, target.size(0))
         kind = "unknown" if before is None else "mixed"
         return Lost(kind, "`__setitem__` writes rows of examples where perex cannot follow them")
 
@@ -485,7 +487,7 @@ class Capture(TorchFunctionMode):
 
     def refuse_mixed(self, label: Label) -> None:
         """Raise where an operator mixes examples."""
-        if isinstance(label, Lost) and label.kind == "mixed":
+        if isinstance(label, Lost) and label.kind in ("mixed", "refused"):
             raise ExamplesMixError(
                 f"In {self.place()}, {label.why}. Examples of a batch must not influence each other, or none has "
                 "a gradient of its own."

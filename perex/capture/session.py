@@ -86,7 +86,7 @@ class Session:
         self.fresh = False  # whether a backward came since the stand-ins were made
         self.parameters = Parameters(model, params, param_grads, untapped)
         try:
-            self.handles = hook(model, self.enter, self.leave)
+            self.undo = hook(model, self.enter, self.leave)
         except AttachError:
             self.parameters.release()
             raise
@@ -217,9 +217,9 @@ class Session:
 
     def close(self) -> None:
         """Take everything off the model."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        for undo in self.undo:
+            undo()
+        self.undo = []
         self.parameters.release()
         if self.capture is not None:
             self.capture.active = False

@@ -7,6 +7,7 @@ has no rule for is run example by example.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,10 @@ def general(captured: Captured) -> dict[Any, Factor]:
         return vjp(tuple(g.to(y.dtype) for g, y in zip(own_grads, produced, strict=True)))
 
     try:
-        found = torch.func.vmap(pulled_back)(rows, grads)
+        with warnings.catch_warnings():
+            # An operator without a batching rule is run example by example inside vmap: slower, as exact.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            found = torch.func.vmap(pulled_back)(rows, grads)
     except (RuntimeError, ValueError, NotImplementedError):
         each = [
             pulled_back({i: r[b] for i, r in rows.items()}, [g[b] for g in grads]) for b in range(batch)

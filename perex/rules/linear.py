@@ -16,6 +16,12 @@ def positions(rows: Tensor) -> Tensor:
     return rows.unsqueeze(1) if rows.dim() == 2 else rows.flatten(1, -2)
 
 
+def summed(rows: Tensor, shape: torch.Size) -> Tensor:
+    """`(B, ..., *shape)` summed over positions to `(B, *shape)`."""
+    between = tuple(range(1, rows.dim() - len(shape)))
+    return rows.sum(between) if between else rows
+
+
 @operator_rule(F.linear, arguments="input weight bias", parameters="weight bias", saves="input")
 def linear(captured: Captured) -> dict[str, Factor]:
     r"""`F.linear`: $W$ is `(d_out, d_in)`, and the bias's gradient is $\sum_t g_{bt}$."""
@@ -25,12 +31,11 @@ def linear(captured: Captured) -> dict[str, Factor]:
         weight = captured.shape("weight")
         if len(weight) == 1:  # a vector of weights gives one number a position
             x = captured.examples("input")
-            factors["weight"] = Dense((captured.grad.unsqueeze(-1) * x).reshape(captured.batch, -1, *weight).sum(1))
+            factors["weight"] = Dense(summed(captured.grad.unsqueeze(-1) * x, weight))
         else:
             factors["weight"] = Outer(grad, positions(captured.examples("input")), weight)
     if captured.wants("bias"):
-        bias = captured.grad.reshape(captured.batch, -1, *captured.shape("bias"))
-        factors["bias"] = Dense(bias.sum(1))
+        factors["bias"] = Dense(summed(captured.grad, captured.shape("bias")))
     return factors
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from perex.factors import Dense, Factor
 from perex.rules.call import Captured
+from perex.rules.linear import summed
 from perex.rules.registry import operator_rule
 
 
@@ -27,9 +28,7 @@ def affine(captured: Captured, normalized: Tensor | None, trailing: bool) -> dic
     def by_example(value: Tensor, shape: torch.Size) -> Factor:
         """Sum `(N, ...)` values of each example to `(B, *shape)`."""
         rows = captured.call.out_axes[0].rows(value, captured.batch)  # (B, *batch-of-one shape)
-        if trailing:
-            return Dense(rows.reshape(captured.batch, -1, *shape).sum(1))
-        return Dense(rows.movedim(2, -1).reshape(captured.batch, -1, *shape).sum(1))
+        return Dense(summed(rows if trailing else rows.movedim(2, -1), shape))
 
     factors: dict[str, Factor] = {}
     if captured.wants("weight") and normalized is not None:
@@ -119,6 +118,6 @@ def prelu(captured: Captured) -> dict[str, Factor]:
     below = torch.where(x < 0, grad * x, 0)
     if math.prod(weight) == 1:
         rows = captured.call.out_axes[0].front(below, captured.batch)
-        return {"weight": Dense(rows.reshape(captured.batch, -1).sum(1).reshape(captured.batch, *weight))}
+        return {"weight": Dense(rows.flatten(1).sum(1).reshape(captured.batch, *weight))}
     rows = captured.call.out_axes[0].rows(below, captured.batch).movedim(2, -1)
-    return {"weight": Dense(rows.reshape(captured.batch, -1, *weight).sum(1))}
+    return {"weight": Dense(summed(rows, weight))}

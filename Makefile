@@ -1,0 +1,42 @@
+# Everything runs in .venv, whether or not another environment is active.
+# `make setup` costs nothing while pyproject.toml and constraints.txt are unchanged.
+
+PYTHON  ?= python3
+WORKERS ?= 2
+VENV    := .venv
+PY      := $(VENV)/bin/python
+READY   := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint types demo clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY)  ## make .venv with the package and what development needs
+
+# The stamp is written last: an interrupted set-up leaves none, and the next one starts from an empty .venv.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "perex needs Python 3.11 or newer: make setup PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -f $@ || $(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt pip setuptools
+	$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+test: $(READY)  ## run the tests (make test ARGS="-k linear" narrows them, WORKERS=8 spreads them)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(READY)  ## check style and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(READY)  ## check types
+	$(PY) -m mypy
+
+demo: $(READY)  ## train on 500 real MNIST images, score 4,500 more, show what the scores are good for
+	$(PY) examples/mnist.py $(ARGS)
+
+clean:  ## remove .venv, caches and what the demo wrote
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,155 @@
+"""The loss of each example: what the criterion returns on that example alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perex.errors import LossError
+from perex.scoring.errors import ScoringError
+from perex.scoring.nest import leaves, map_leaves
+
+ADVICE = "pass step=lambda model, batch: losses to compute the losses, one for each example, yourself"
+
+
+class PerExampleLosses:
+    """A criterion, turned into a function from a batch to the loss of each example in it.
+
+        losses[b] = loss_fn(output[b:b+1], target[b:b+1])
+
+    A batch of one makes every `reduction`, class weight and normaliser mean what it means for one example.
+    `loss_fn` is only called, never changed. All examples go through it at once (`torch.vmap`) where that is
+    possible and, on the first batch, agrees with one call for each; otherwise it is called once for each.
+
+    Where one example gives several numbers, as `MSELoss(reduction="none")` does on vectors, they are summed
+    if the criterion's `reduction` is `"none"`; of any other criterion they are refused.
+
+    Args:
+        loss_fn: a criterion `(output, target) -> Tensor`.
+
+    Example:
+        >>> losses = PerExampleLosses(torch.nn.MSELoss())
+        >>> losses(torch.zeros(3, 2), torch.tensor([[1., 1.], [0., 2.], [0., 0.]]), 3)
+        tensor([1., 2., 0.])
+    """
+
+    def __init__(self, loss_fn: Callable[[Any, Any], Tensor]) -> None:
+        self.loss_fn = loss_fn
+        self.at_once: bool | None = None  # not known before the first batch
+
+    def __call__(self, output: Any, target: Any, batch_size: int) -> Tensor:
+        """Return the losses of a batch.
+
+        Args:
+            output: what the model returned: a tensor `(B, ...)`, or a tuple, mapping or dataclass of them.
+            target: what the pool gave beside the model's input; the same forms.
+            batch_size: B.
+
+        Returns:
+            Losses `(B,)`, with their graph.
+
+        Raises:
+            ScoringError: the batch's size disagrees with `output` or `target`, or the criterion uses a part
+                of them that has no row for each example.
+            LossError: the criterion does not return one number for one example.
+        """
+        rows = _rows("model output", output, batch_size), _rows("target", target, batch_size)
+
+        def alone(*rows_of_one: Tensor) -> Tensor:
+            batches_of_one = iter(row.unsqueeze(0) for row in rows_of_one)
+            return self._one_number(*(_fill(tree, batch_size, batches_of_one) for tree in (output, target)))
+
+        flat = [*rows[0], *rows[1]]
+
+        def one_by_one(count: int) -> Tensor:
+            return torch.stack([alone(*(rows_of[b] for rows_of in flat)) for b in range(count)])
+
+        if self.at_once is not False:
+            losses = _vmapped(alone, flat)
+            if self.at_once is None:
+                few = min(batch_size, 3)
+                self.at_once = losses is not None and _same(losses[:few], one_by_one(few))
+            if losses is not None and self.at_once:
+                return losses
+        return one_by_one(batch_size)
+
+    def _one_number(self, output: Any, target: Any) -> Tensor:
+        """Call the criterion on a batch of one and return its number, shape `()`."""
+        loss = self.loss_fn(output, target)
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            kind = loss.dtype if isinstance(loss, Tensor) else type(loss).__name__
+            raise LossError(f"loss_fn returned a {kind}; it must return a tensor of floating-point numbers")
+        if loss.numel() != 1 and getattr(self.loss_fn, "reduction", None) != "none":
+            raise LossError(
+                f"loss_fn returned {loss.numel()} numbers, of shape {tuple(loss.shape)}, for one example; "
+                "let it return one, for instance with .sum() or .mean()"
+            )
+        return loss.sum()
+
+
+class _NotPerExample(Tensor):
+    """Stands in for a part of the output or target without a row for each example: any use is refused."""
+
+    what: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        what = next(arg.__dict__["what"] for arg in leaves((args, kwargs or {})) if isinstance(arg, cls))
+        raise ScoringError(f"loss_fn uses {what}, which has no row for each example; {ADVICE}")
+
+
+def _is_per_example(leaf: Any, batch_size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch_size
+
+
+def _rows(name: str, tree: Any, batch_size: int) -> list[Tensor]:
+    """List the tensors in `tree` that have a row for each example; refuse if there is none."""
+    found = [leaf for leaf in leaves(tree) if _is_per_example(leaf, batch_size)]
+    if not found and any(leaf is not None for leaf in leaves(tree)):
+        raise ScoringError(
+            f"the {name} is {_describe(tree)}, but the batch has {batch_size} examples; {ADVICE}"
+        )
+    return found
+
+
+def _fill(tree: Any, batch_size: int, batches_of_one: Any) -> Any:
+    """Replace each tensor of `_rows(tree)` by the next of `batches_of_one`, and bar the use of all else."""
+
+    def change(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        if _is_per_example(leaf, batch_size):
+            return next(batches_of_one)
+        barred = torch.empty(0).as_subclass(_NotPerExample)
+        barred.__dict__["what"] = _describe(leaf)
+        return barred
+
+    return map_leaves(change, tree)
+
+
+def _describe(leaf: Any) -> str:
+    shape = f" of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else ""
+    return f"a {type(leaf).__name__}{shape}"
+
+
+def _vmapped(alone: Callable[..., Tensor], rows: list[Tensor]) -> Tensor | None:
+    """Return `alone` mapped over all examples; None where vmap cannot follow it, or warns of trouble."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            losses: Tensor = torch.vmap(alone)(*rows)
+            return losses
+    except Exception:  # a call for each example will work, or raise the criterion's own error
+        return None
+
+
+def _same(losses: Tensor, reference: Tensor) -> bool:
+    """Tell whether losses `(B,)` agree to rounding; under autocast vmap may compute in another dtype."""
+    tolerance = 32 * torch.finfo(reference.dtype).eps
+    return losses.dtype == reference.dtype and torch.allclose(
+        losses, reference, tolerance, tolerance, equal_nan=True
+    )

@@ -1,0 +1,514 @@
+"""What every exactness test compares perex with: a loop over batches of one, in float64.
+
+`check` runs a model as it is, then once per way of calling perex, and compares outputs, gradients, buffers,
+norms and what is left on the model afterwards. `exact_or_refused` allows a `PerexError` instead of an exact
+answer, and `refused` demands one. Every loss is per example, and its weights differ from example to example.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import perex
+
+Loss = Callable[[Any, Tensor], Tensor]  # (output, indices of the examples) -> one loss per example
+Example = Callable[[tuple, int], tuple]  # (inputs, i) -> the inputs of a batch that holds example i alone
+
+torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for one another
+
+
+def grid(max_examples: int) -> settings:
+    """Hypothesis settings of the drawn grids: the same draws in every run, no time limit per example."""
+    slow = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+    return settings(
+        max_examples=max_examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        suppress_health_check=slow,
+    )
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of calling perex: `call` is "loss" (`loss.backward()`) or "losses" (`px.backward(losses)`)."""
+
+    call: str
+    reduction: str
+    param_grads: bool
+
+
+WAYS = [
+    Way(call, reduction, param_grads)
+    for param_grads in (True, False)
+    for call, reduction in (("loss", "mean"), ("loss", "sum"), ("losses", "mean"))
+]
+
+
+@dataclass
+class Shared:
+    """Marks an input tensor that has no batch axis: each batch of one gets all of it."""
+
+    value: Tensor
+
+
+def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and running statistic random values, so that no gradient is simple by accident."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return model
+
+
+class Around(nn.Module):
+    """A layer with something that has a parameter before it, and something behind it."""
+
+    def __init__(self, layer: nn.Module, before: bool, inplace: bool, after: bool):
+        super().__init__()
+        self.before = nn.PReLU() if before else None
+        self.layer = layer
+        self.act = nn.ReLU(inplace=True) if inplace else None
+        self.after = nn.PReLU() if after else None
+
+    def forward(self, *args: Any) -> Tensor:
+        if self.before is not None:
+            args = tuple(self.before(a) if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+        out = self.layer(*args)
+        for then in (self.act, self.after):
+            out = out if then is None else then(out)
+        return out
+
+
+class Bare(nn.Module):
+    """Parameters without a layer: `forward` is a function of the module and the inputs.
+
+    Shapes are spelled with letters and digits: `Bare(f, {"T": 3, "D": 4}, pos="1TD", scale="")`.
+    """
+
+    def __init__(self, function: Callable[..., Any], sizes: dict[str, int] | None = None, **shapes: str):
+        super().__init__()
+        self.function, self.sizes = function, sizes or {}
+        for name, shape in shapes.items():
+            size = [int(s) if s.isdigit() else self.sizes[s] for s in shape]
+            self.register_parameter(name, nn.Parameter(torch.randn(size)))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+
+PLACES = ("alone", "input", "first", "first+inplace", "later", "later+inplace")
+
+
+def place(layer: nn.Module, where: str, *inputs: Any) -> tuple[nn.Module, tuple]:
+    """The layer as the whole model, perhaps on inputs that require grad, or a part of a small model."""
+    scramble(layer)
+    if where == "input":
+        floating = [torch.is_tensor(x) and x.is_floating_point() for x in inputs]
+        inputs = tuple(x.detach().requires_grad_() if f else x for x, f in zip(inputs, floating, strict=True))
+    if where in ("alone", "input"):
+        return layer, inputs
+    inplace = where.endswith("inplace")
+    return scramble(Around(layer, before=where.startswith("later"), inplace=inplace, after=not inplace)), inputs
+
+
+def quiet(make: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """Build a module without torch's warnings about empty parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(*args, **kwargs)
+
+
+# ---------------------------------------------------------------------- the loop
+
+
+def projection(batch_dim: int = 0) -> Loss:
+    """sum_e w[i, e] sin(output[i, e]) over all floating-point tensors in the output, w irregular."""
+
+    def losses(output: Any, index: Tensor) -> Tensor:
+        total = torch.zeros(len(index), dtype=torch.float64)
+        for k, t in enumerate(floats(output)):
+            flat = t.movedim(batch_dim, 0).unsqueeze(-1).flatten(1)
+            w = torch.sin(1 + k + 0.7 * index[:, None] + 1.3 * torch.arange(flat.shape[1], dtype=torch.float64))
+            total = total + (w.to(t.dtype) * flat.sin()).sum(1)
+        return total
+
+    return losses
+
+
+def floats(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if torch.is_tensor(t) and t.is_floating_point()]
+
+
+def sliced(batch_dim: int = 0) -> Example:
+    """Batches of one by slicing every input tensor that is not marked `Shared`."""
+
+    def one(t: Any, i: int) -> Any:
+        return t.narrow(batch_dim, i, 1) if torch.is_tensor(t) else t
+
+    return lambda inputs, i: tree_map(lambda t: one(t, i), inputs)
+
+
+def unwrap(inputs: Any) -> Any:
+    return tree_map(lambda t: t.value if isinstance(t, Shared) else t, inputs)
+
+
+def fresh(inputs: Any) -> Any:
+    """The same inputs as leaves of their own."""
+    return tree_map(lambda t: t.detach().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t, inputs)
+
+
+def double(tree: Any) -> Any:
+    """Floating-point tensors in float64, strides kept; integers as they are."""
+
+    def cast(t: Any) -> Any:
+        if isinstance(t, Shared):
+            return Shared(cast(t.value))
+        floating = torch.is_tensor(t) and t.is_floating_point()
+        return t.detach().double().requires_grad_(t.requires_grad) if floating else t
+
+    return tree_map(cast, tree)
+
+
+def is_tracked(name: str, p: nn.Parameter, params: Any) -> bool:
+    if params is None or callable(params):
+        return p.requires_grad and (params is None or params(name, p))
+    return p.requires_grad and any(fnmatchcase(name, pattern) for pattern in params)
+
+
+def loop(
+    make: Callable[[], nn.Module],
+    inputs: tuple,
+    loss: Loss,
+    *,
+    params: Any = None,
+    batch_size: int,
+    example: Example,
+    kwargs: dict | None = None,
+) -> dict[str, list[Tensor]]:
+    """Gradients by parameter, one batch of one after the other: {name: [gradient for each example]}."""
+    rows: list[dict[str, Tensor]] = []
+    for i in range(batch_size):
+        model = make()
+        args, keywords = unwrap(example((inputs, kwargs or {}), i))
+        value = loss(model(*args, **keywords), torch.tensor([i]))
+        assert value.shape == (1,), "the loss must be per example"
+        tracked = {n: p for n, p in model.named_parameters() if is_tracked(n, p, params)}
+        model.zero_grad()
+        if value.requires_grad:
+            value.sum().backward()
+        row = {n: torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for n, p in tracked.items()}
+        rows.append(row)
+    return {n: [row[n] for row in rows] for n in rows[0]}
+
+
+# ---------------------------------------------------------------------- traces
+
+
+def globals_touched() -> dict[str, Any]:
+    """What a careless library would patch or leave switched on."""
+    module, functional = nn.modules.module, nn.functional
+    return {
+        "function modes": torch._C._len_torch_function_stack(),
+        "dispatch modes": torch._C._len_torch_dispatch_stack(),
+        "global hooks": {
+            k: len(v) for k, v in vars(module).items() if k.startswith("_global") and hasattr(v, "__len__")
+        },
+        "patched": [
+            nn.Module.__call__,
+            nn.Module.__getattr__,
+            torch.Tensor.backward,
+            torch.autograd.backward,
+            functional.linear,
+            functional.conv2d,
+            functional.embedding,
+            functional.multi_head_attention_forward,
+        ],
+        "grad enabled": torch.is_grad_enabled(),
+    }
+
+
+def traces(model: nn.Module) -> dict[str, Any]:
+    """Everything on a model that attaching could leave behind, comparable with ==."""
+    found: dict[str, Any] = {"globals": globals_touched(), "state": list(model.state_dict())}
+    for path, module in model.named_modules():
+        state = vars(module)
+        found[f"module {path!r}"] = {
+            "keys": list(state),
+            "type": type(module),
+            "hooks": {k: dict(v) for k, v in state.items() if "hook" in k and isinstance(v, dict)},
+            "parameters": {k: id(p) for k, p in module._parameters.items()},
+            "buffers": list(module._buffers),
+            "children": {k: id(m) for k, m in module._modules.items()},
+            "training": module.training,
+            "methods": type(module).forward,
+        }
+    for name, p in model.named_parameters(remove_duplicate=False):
+        found[f"parameter {name}"] = {
+            "id": id(p),
+            "type": type(p),
+            "requires_grad": p.requires_grad,
+            "leaf": p.is_leaf,
+            "keys": list(vars(p)),
+            "version": p._version,
+            "pointer": p.data_ptr(),
+            "hooks": dict(p._backward_hooks or {}),
+            "post hooks": dict(p._post_accumulate_grad_hooks or {}),
+        }
+    return found
+
+
+@contextmanager
+def no_trace(model: nn.Module, versions: bool = True) -> Iterator[None]:
+    """Fails if the model is not as it was; `versions=False` for models that change their own parameters."""
+
+    def seen() -> dict[str, Any]:
+        found = traces(model)
+        for name in found if not versions else ():
+            if name.startswith("parameter"):
+                found[name].pop("version")
+        return found
+
+    before = seen()
+    try:
+        yield
+    finally:
+        after = seen()
+        changed = {k: (before.get(k), after.get(k)) for k in before | after if before.get(k) != after.get(k)}
+        assert not changed, f"left behind on the model: {changed}"
+
+
+# ---------------------------------------------------------------------- the comparison
+
+
+@dataclass
+class Run:
+    """One forward and backward: what a user could see of it."""
+
+    output: list[Tensor]
+    grads: dict[str, Tensor | None]
+    input_grads: list[Tensor | None]
+    buffers: dict[str, Tensor]
+
+
+def run(model: nn.Module, inputs: tuple, kwargs: dict, loss: Loss, batch_size: int, way: Way, px: Any = None) -> Run:
+    inputs, kwargs = fresh(unwrap(inputs)), fresh(unwrap(kwargs))
+    output = model(*inputs, **kwargs)
+    seen = [t.detach().clone() for t in floats(output)]
+    losses = loss(output, torch.arange(batch_size))
+    assert losses.shape == (batch_size,), "the loss must be per example"
+    if px is not None and way.call == "losses":
+        px.backward(losses)
+    else:
+        (losses.mean() if way.reduction == "mean" else losses.sum()).backward()
+    return Run(
+        seen,
+        {n: p.grad for n, p in model.named_parameters()},
+        [t.grad for t in floats((inputs, kwargs))],
+        {n: b.detach().clone() for n, b in model.named_buffers()},
+    )
+
+
+def assert_identical(actual: Tensor | None, expected: Tensor | None, what: str) -> None:
+    """Bit for bit, None and layout included."""
+    assert (actual is None) == (expected is None), f"{what}: {actual} instead of {expected}"
+    if actual is None or expected is None:
+        return
+    assert actual.layout == expected.layout, f"{what}: {actual.layout} instead of {expected.layout}"
+    torch.testing.assert_close(
+        actual.to_dense(),
+        expected.to_dense(),
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+        msg=lambda m: f"{what} differs\n{m}",
+    )
+
+
+def assert_rounded(actual: Tensor | None, expected: Tensor | None, what: str) -> None:
+    """Equal but for rounding: torch multiplies by another kernel where a weight does not require grad."""
+    assert (actual is None) == (expected is None), f"{what}: {actual} instead of {expected}"
+    if actual is not None and expected is not None:
+        margin = 1e-12 * max(1.0, float(expected.abs().nan_to_num().max()) if expected.numel() else 0.0)
+        same = torch.allclose(actual, expected, rtol=1e-9, atol=margin, equal_nan=True)
+        assert same, f"{what}: {actual} instead of {expected}"
+
+
+def assert_norms(px: Any, squares: dict[str, Tensor], what: Any = "", rtol: float = 1e-9, atol: float = 1e-9) -> None:
+    """All readings of `px` against the loop's squared norms; `atol` is relative to the largest norm."""
+    total = torch.stack(list(squares.values())).sum(0)
+    margin = atol * max(1e-30, float(total.sqrt().nan_to_num(posinf=0).max())) if len(total) else 0.0
+    modules: dict[str, Tensor] = {}
+    for name, square in squares.items():
+        path = name.rpartition(".")[0]
+        modules[path] = modules.get(path, 0) + square
+
+    def compare(actual: Tensor, square: Tensor, of: str) -> None:
+        assert torch.is_tensor(actual) and not actual.requires_grad, f"{what} {of}: {actual!r}"
+        torch.testing.assert_close(
+            actual.double(),
+            square.sqrt(),
+            rtol=rtol,
+            atol=margin,
+            equal_nan=True,
+            msg=lambda m: f"{what} norms of {of}:\n{m}",
+        )
+
+    compare(px.norms(), total, "all")
+    compare(px.squared_norms().sqrt(), total, "all, squared")
+    for by, expected in (("parameter", squares), ("module", modules)):
+        found, found_squares = px.norms(by=by), px.squared_norms(by=by)
+        assert set(found) == set(expected) == set(found_squares), f"{what} by={by!r}: {sorted(found)}"
+        for name, square in expected.items():
+            compare(found[name], square, f"{by} {name!r}")
+            compare(found_squares[name].sqrt(), square, f"{by} {name!r}, squared")
+
+
+def assert_adds_up(
+    rows: dict[str, list[Tensor]], grads: dict[str, Tensor | None], batch_size: int, rtol: float
+) -> None:
+    """The test of the oracle: the loop's gradients add up to the one that torch gives for the whole batch."""
+    for name, each in rows.items():
+        whole = grads[name]
+        expected = torch.zeros_like(each[0]) if whole is None else whole.to_dense() * batch_size
+        found = sum(each, torch.zeros_like(each[0]))
+        same = torch.allclose(found, expected, rtol=rtol, atol=rtol, equal_nan=True)
+        assert same, f"the loop is wrong about {name}: {found} is not {expected}"
+
+
+def check(
+    model: nn.Module | Callable[[], nn.Module],
+    inputs: tuple,
+    loss: Loss | None = None,
+    *,
+    params: Any = None,
+    batch_dim: int = 0,
+    batch_size: int | None = None,
+    example: Example | None = None,
+    kwargs: dict | None = None,
+    rtol: float = 1e-9,
+    atol: float = 1e-9,
+    versions: bool = True,
+    ways: list[Way] = WAYS,
+) -> dict[str, Tensor]:
+    """Compare perex with the loop in every way of calling it; returns the loop's squared norms by parameter.
+
+    Args:
+        model: a module, copied for each run; or a function that makes the same one every time (where a module
+            cannot be copied).
+        inputs: positional arguments. Tensors are batched along `batch_dim` unless marked `Shared`.
+        loss: (output, indices of the examples) -> losses; a projection of the output by default.
+        example: (inputs, i) -> inputs of a batch of one, where slicing `batch_dim` is not it.
+        versions: False where the model itself writes into its parameters in its forward.
+    """
+    make = (lambda: copy.deepcopy(model).double()) if isinstance(model, nn.Module) else (lambda: model().double())
+    inputs, kwargs = double(inputs), double(kwargs or {})
+    loss = loss or projection(batch_dim)
+    if batch_size is None:
+        batched = [t for t in tree_leaves((inputs, kwargs)) if torch.is_tensor(t) and t.dim() > batch_dim]
+        batch_size = batched[0].shape[batch_dim]
+    grads = loop(
+        make,
+        inputs,
+        loss,
+        params=params,
+        batch_size=batch_size,
+        example=example or sliced(batch_dim),
+        kwargs=kwargs,
+    )
+    squares = {n: torch.stack([g.square().sum() for g in rows]) for n, rows in grads.items()}
+
+    for way in ways:
+        plain = run(make(), inputs, kwargs, loss, batch_size, way)
+        assert_adds_up(grads, plain.grads, batch_size if way.reduction == "mean" else 1, rtol)
+        subject = make()
+        before: dict[str, Any] = {}
+        if not way.param_grads:  # every other parameter has a gradient already, which is nobody's business
+            for k, (name, p) in enumerate(subject.named_parameters()):
+                p.grad = torch.full_like(p, 7.0) if k % 2 else None
+                before[name] = p.grad
+        with no_trace(subject, versions):
+            with perex.attach(
+                subject,
+                params=params,
+                loss_reduction=way.reduction,
+                batch_dim=batch_dim,
+                param_grads=way.param_grads,
+            ) as px:
+                seen = run(subject, inputs, kwargs, loss, batch_size, way, px)
+                assert px.batch_size == batch_size, f"{way}: batch_size {px.batch_size}"
+                assert_norms(px, squares, way, rtol, atol)
+            assert_norms(px, squares, f"{way} after detaching", rtol, atol)
+
+        assert len(seen.output) == len(plain.output)
+        same = assert_identical if way.param_grads else assert_rounded
+        for a, b in zip(seen.output, plain.output, strict=True):
+            same(a, b, f"{way} output")
+        for a, b in zip(seen.input_grads, plain.input_grads, strict=True):
+            same(a, b, f"{way} input.grad")
+        for name, b in plain.buffers.items():
+            same(seen.buffers[name], b, f"{way} buffer {name}")
+        for name, g in seen.grads.items():
+            if way.param_grads:
+                assert_identical(g, plain.grads[name], f"{way} {name}.grad")
+            else:
+                assert g is before[name], f"{way} {name}.grad was replaced"
+                assert g is None or bool((g == 7).all()), f"{way} {name}.grad was written to"
+    return squares
+
+
+def exact_or_refused(model: Any, inputs: tuple, *args: Any, ways: list[Way] = WAYS, **kwargs: Any) -> str:
+    """Each way of calling is exact or raises `PerexError`, leaving no trace; returns what happened."""
+    results = set()
+    for way in ways:
+        try:
+            check(model, inputs, *args, ways=[way], **kwargs)
+            results.add("exact")
+        except perex.PerexError as error:
+            assert str(error), "a refusal says why"
+            results.add("refused")
+    return " or ".join(sorted(results))
+
+
+def refused(
+    model: Any,
+    inputs: tuple,
+    loss: Loss | None = None,
+    *,
+    params: Any = None,
+    batch_dim: int = 0,
+    match: str | None = None,
+) -> None:
+    """Each way of calling raises a `PerexError` whose message matches, and leaves no trace."""
+    make = (lambda: copy.deepcopy(model).double()) if isinstance(model, nn.Module) else (lambda: model().double())
+    inputs, loss = double(inputs), loss or projection()
+    for way in WAYS:
+        subject = make()
+        with no_trace(subject), pytest.raises(perex.PerexError, match=match):
+            with perex.attach(
+                subject,
+                params=params,
+                loss_reduction=way.reduction,
+                batch_dim=batch_dim,
+                param_grads=way.param_grads,
+            ) as px:
+                run(subject, inputs, {}, loss, len(tree_leaves(inputs)[0]), way, px)
+                px.norms()

@@ -1,0 +1,149 @@
+"""Normalisation layers and PReLU, with and without weight and bias; batch norm where examples do not meet."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import PLACES, check, grid, place, refused
+from torch import nn
+
+batches = st.integers(1, 3)
+places = st.sampled_from(PLACES)
+lengths = st.integers(1, 4)
+BATCH_NORM = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+
+
+@grid(50)
+@given(
+    batch=batches,
+    middle=st.lists(st.integers(0, 3), max_size=2),
+    shape=st.lists(lengths, min_size=1, max_size=3),
+    affine=st.booleans(),
+    bias=st.booleans(),
+    where=places,
+)
+def test_layer_norm(batch, middle, shape, affine, bias, where):
+    layer = nn.LayerNorm(shape, elementwise_affine=affine, bias=bias)
+    model, inputs = place(nn.Sequential(layer, nn.PReLU()), where, torch.randn(batch, *middle, *shape))
+    check(model, inputs)
+
+
+@grid(40)
+@given(
+    batch=batches,
+    middle=st.lists(st.integers(0, 3), max_size=2),
+    shape=st.lists(lengths, min_size=1, max_size=3),
+    affine=st.booleans(),
+    where=places,
+)
+def test_rms_norm(batch, middle, shape, affine, where):
+    layer = nn.RMSNorm(shape, elementwise_affine=affine)
+    model, inputs = place(nn.Sequential(layer, nn.PReLU()), where, torch.randn(batch, *middle, *shape))
+    check(model, inputs)
+
+
+@grid(40)
+@given(
+    batch=batches,
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 2),
+    spatial=st.lists(lengths, max_size=3),
+    affine=st.booleans(),
+    where=places,
+)
+def test_group_norm(batch, groups, per_group, spatial, affine, where):
+    channels = groups * per_group
+    layer = nn.GroupNorm(groups, channels, affine=affine)
+    model, inputs = place(nn.Sequential(layer, nn.PReLU()), where, torch.randn(batch, channels, 2, *spatial))
+    check(model, inputs)
+
+
+@grid(50)
+@given(
+    nd=st.integers(1, 3),
+    batch=batches,
+    channels=st.integers(1, 3),
+    affine=st.booleans(),
+    track=st.booleans(),
+    training=st.booleans(),
+    where=places,
+)
+def test_instance_norm(nd, batch, channels, affine, track, training, where):
+    layer = INSTANCE_NORM[nd](channels, affine=affine, track_running_stats=track)
+    model, inputs = place(nn.Sequential(layer, nn.PReLU()), where, torch.randn(batch, channels, *[3] * nd))
+    check(model.train(training), inputs)
+
+
+@grid(40)
+@given(
+    batch=batches,
+    channels=st.integers(1, 3),
+    one=st.booleans(),
+    spatial=st.lists(st.integers(0, 3), max_size=3),
+    where=places,
+)
+def test_prelu(batch, channels, one, spatial, where):
+    check(*place(nn.PReLU(1 if one else channels), where, torch.randn(batch, channels, *spatial)))
+
+
+@grid(50)
+@given(nd=st.integers(0, 3), batch=batches, channels=st.integers(1, 3), affine=st.booleans(), where=places)
+def test_batch_norm_in_eval_mode(nd, batch, channels, affine, where):
+    layer = BATCH_NORM[nd](channels, affine=affine)
+    model, inputs = place(nn.Sequential(layer, nn.PReLU()), where, torch.randn(batch, channels, *[2] * nd))
+    check(model.eval(), inputs)
+
+
+def net(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 3, 3), norm, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 2))
+
+
+MIXING = {
+    "training": net(nn.BatchNorm2d(3)),
+    "not affine": net(nn.BatchNorm2d(3, affine=False)),
+    "frozen": net(nn.BatchNorm2d(3).requires_grad_(False)),
+    "no running statistics": net(
+        nn.BatchNorm2d(3, track_running_stats=False)
+    ).eval(),  # batch statistics in eval too
+    "momentum 0": net(nn.BatchNorm2d(3, momentum=0.0)),
+    "synchronised": net(nn.SyncBatchNorm(3)),
+    "first": nn.Sequential(nn.Identity(), nn.BatchNorm2d(2, affine=False), nn.Conv2d(2, 3, 3)),
+    "last": nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, affine=False)),
+}
+
+
+@pytest.mark.parametrize("case", MIXING)
+def test_batch_norm_on_batch_statistics_is_refused_and_named(case):
+    """Whether or not its own parameters are tracked: every norm upstream of it would be wrong."""
+    refused(MIXING[case], (torch.randn(3, 2, 4, 4),), match=r"(?s)\b1\b.*eval|eval.*\b1\b")
+
+
+def test_batch_norm_upstream_of_what_is_selected_is_refused():
+    """What the selected layers see of one example depends on the others."""
+    refused(net(nn.BatchNorm2d(3)), (torch.randn(3, 2, 4, 4),), params=["4.*"])
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4).eval(),
+        nn.GroupNorm(2, 4),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.LayerNorm([4, 3, 3]),
+    ],
+    ids=repr,
+)
+def test_one_of_two_parameters_frozen(norm, frozen):
+    getattr(norm, frozen).requires_grad_(False)
+    check(*place(norm, "later+inplace", torch.randn(3, 4, 3, 3)))
+
+
+def test_constant_input():
+    """Rows without variance: gradients of the order of 1/sqrt(eps)."""
+    x = torch.randn(3, 1, 1).expand(3, 4, 5).contiguous()
+    for layer in (nn.LayerNorm(5), nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True), nn.RMSNorm(5)):
+        check(*place(layer, "later", x))
