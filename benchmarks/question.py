@@ -3,6 +3,7 @@
 Five answers, checked against each other in float64 and timed in float32 in one run. See docs/question.md.
 
     python benchmarks/question.py                             2,000 MNIST images, five rounds
+    python benchmarks/question.py --threads 1                 the same on one core
     python benchmarks/question.py --pool 200 --rounds 1       a few seconds
 """
 
@@ -162,7 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Per-example losses and one convolution's gradient norms.")
     parser.add_argument("--pool", type=int, default=2000, help="number of images")
     parser.add_argument("--rounds", type=int, default=5, help="each way is timed this often")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads for torch")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
 
     images, labels = pool(options.pool)
     torch.manual_seed(0)
@@ -170,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     differences = disagreement(model, images, labels)
     times = seconds(model.float(), images.float(), labels, options.rounds)
 
-    machine = f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
+    machine = f"{options.threads} thread(s), {platform.machine()}, torch {torch.__version__}"
     print(f"{len(images):,} images in batches of {BATCH}; {machine}; median of {options.rounds} rounds\n")
     print(f"{'':<35}{'seconds':>9}{'images/s':>11}{'speed':>8}   largest relative difference in float64")
     for name, taken in times.items():

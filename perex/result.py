@@ -54,6 +54,7 @@ class Result:
         self.losses = losses
         self.scale = scale
         self.error: PerexError | None = None
+        self.finished = False
 
     def share(self, forward: Forward) -> Share:
         """The part of one forward."""
@@ -88,6 +89,10 @@ class Result:
         if factors:
             total = Total(factors)
             shares[0].closed[entry] = [quantity.reduce(entry.name, total) for quantity in self.quantities]
+
+    def finish(self) -> None:
+        """The backward has come to its end."""
+        self.finished = True
 
     def refuse(self, error: PerexError) -> None:
         """Remember why this result must not be read; the first reason stays."""
@@ -144,8 +149,10 @@ class Result:
             fits = {"same": set(sizes) == {self.losses}, "further": sum(sizes) == self.losses}
             relation = next((name for name, fit in fits.items() if fit), None)
         if relation is None:
+            paths = [f"module {share.forward.path!r}" if share.forward.path else "the model" for share in shares]
+            called = ", ".join(f"of {path} on {size} examples" for path, size in zip(paths, sizes, strict=True))
             raise NotReadyError(
-                f"{len(shares)} forwards (of {', '.join(map(str, sizes))} examples) came before one backward. Do they "
+                f"{len(shares)} forwards came before one backward: {called}. Do they "
                 "hold the same examples, as the two sides of a siamese network do, or further ones? Say "
                 'attach(..., forwards="same") or forwards="further", or call `px.backward(losses)` with one loss an '
                 "example"

@@ -232,6 +232,8 @@ class Tracker:
         """An output gradient of a call has arrived: reduce or keep its factors."""
         forward = call.forward
         result = self._open(forward)
+        if self._session.running and not forward.recomputed:
+            result.refuse(NotReadyError("the last backward ran inside the model's forward: nothing to read from it"))
         if forward.recomputed:
             result.refuse(
                 UnsupportedError(
@@ -260,11 +262,20 @@ class Tracker:
 
     def escaped(self, forward: Forward, names: str) -> None:
         """A gradient came from an unseen use of a derived tensor."""
-        self._open(forward).refuse(
+        self._open(None).refuse(
             UnsupportedError(
                 f"a tensor derived from {names} got a gradient from a use that perex did not see: it was returned by "
                 "the model or kept, and used outside its forward, or in code perex cannot see into. Use it inside "
                 "the model's forward, or leave these parameters out with `params=`"
+            )
+        )
+
+    def differentiated_twice(self, forward: Forward, where: str) -> None:
+        """A gradient came through a gradient."""
+        self._open(forward).refuse(
+            UnsupportedError(
+                f"the loss contains a gradient that went through module '{where}' (a gradient penalty, or a force): "
+                "parameters are used in the backward itself then, where perex does not see them"
             )
         )
 
@@ -283,6 +294,8 @@ class Tracker:
     def _open(self, forward: Forward | None) -> Result:
         """The result of the backward that is running, begun if this is the first that is heard of it."""
         task = torch._C._current_graph_task_id()
+        if forward is not None and forward.task is not None:
+            task = forward.task  # reentrant checkpointing runs a backward of its own inside this one
         result = self._result
         if result is not None and result.task == task:
             return result
@@ -291,12 +304,12 @@ class Tracker:
         number = self._latest.number if self._latest is not None else 0
         result = Result(task, self._quantities, alone, number, self._losses, self._scale)
         self._result = result
+        torch.autograd.Variable._execution_engine.queue_callback(result.finish)
         self._pending = []
         self._session.fresh = True
-        if forward is not None and not torch._C._will_engine_execute_node(forward.sentinel.grad_fn):
-            stand_ins = [entry.stand_in for entry in forward.uses if self._param_grads]
-            nodes = [tensor.grad_fn for tensor in stand_ins if tensor is not None and tensor.grad_fn is not None]
-            if not nodes or not all(map(torch._C._will_engine_execute_node, nodes)):
+        if forward is not None and not will_run(forward.sentinel):
+            aliases = [entry.stand_in for entry in forward.uses if entry.stand_in is not None]
+            if not self._param_grads or not all(map(will_run, aliases)):
                 result.refuse(
                     UnsupportedError(
                         "the last backward went to some inputs only (torch.autograd.grad, or backward(inputs=...)), so "
@@ -321,9 +334,16 @@ class Tracker:
             raise NotReadyError("nothing to read: the latest forward has not been followed by a backward yet")
         if result.error is not None:
             raise result.error
+        if not result.finished:
+            raise NotReadyError("nothing to read: the last backward did not finish")
         values, batch = result.values(index, self._relation)
         scale = result.scale if result.scale is not None else float(batch if self._mean else 1)
         return values, scale
+
+
+def will_run(tensor: Tensor) -> bool:
+    """Whether the running backward goes through the operator that made a tensor."""
+    return tensor.grad_fn is not None and bool(torch._C._will_engine_execute_node(tensor.grad_fn))
 
 
 def check_factor(call: Call, slot: object, factor: Factor | None, batch: int) -> Factor:
@@ -334,7 +354,7 @@ def check_factor(call: Call, slot: object, factor: Factor | None, batch: int) ->
         raise PerexError(f"rule '{call.rule.name}' returned nothing for '{slot}' of module '{call.where}'")
     if factor.shape != tensor.shape or factor.batch != batch:
         raise PerexError(
-            f"rule '{call.rule.name}' returned gradients of shape {(factor.batch, *factor.shape)} for '{slot}' of module "
-            f"'{call.where}', which needs {(batch, *tensor.shape)}"
+            f"rule '{call.rule.name}' returned gradients of shape {(factor.batch, *factor.shape)} for '{slot}' of "
+            f"module '{call.where}', which needs {(batch, *tensor.shape)}"
         )
     return factor

@@ -32,9 +32,7 @@ TIME_FIRST = {
     "batch first inside": lambda: with_layers(
         lambda m, x: m.up(x.transpose(0, 1)).sin().transpose(0, 1), up=nn.Linear(4, 3)
     ),
-    "positions": lambda: with_layers(
-        lambda m, x: x + m.pos(torch.arange(len(x)))[:, None], pos=nn.Embedding(7, 4)
-    ),
+    "positions": lambda: with_layers(lambda m, x: x + m.pos(torch.arange(len(x)))[:, None], pos=nn.Embedding(7, 4)),
 }
 
 

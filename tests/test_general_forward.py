@@ -123,9 +123,7 @@ CHECKPOINTS = {
     "nested": lambda m, x: checkpoint(
         lambda z: m.b(checkpoint(m.a, z, use_reentrant=False).tanh()), x, use_reentrant=False
     ),
-    "a bare parameter": lambda m, x: checkpoint(
-        lambda z: z @ m.a.weight.t() * m.b.weight[0], x, use_reentrant=False
-    ),
+    "a bare parameter": lambda m, x: checkpoint(lambda z: z @ m.a.weight.t() * m.b.weight[0], x, use_reentrant=False),
     "called twice": lambda m, x: (
         checkpoint(m.a, x, use_reentrant=False) * checkpoint(m.a, x.sin(), use_reentrant=False)
     ),
@@ -229,9 +227,7 @@ def test_compiled_model_is_exact_or_refused(which):
 @pytest.mark.parametrize("param_grads", [True, False])
 def test_autocast(param_grads):
     """Outputs and `.grad` as without perex; norms in float32, near those of the float32 model."""
-    model = scramble(
-        nn.Sequential(nn.Linear(D, 50), nn.ReLU(inplace=True), nn.LayerNorm(50), nn.Linear(50, 2))
-    )
+    model = scramble(nn.Sequential(nn.Linear(D, 50), nn.ReLU(inplace=True), nn.LayerNorm(50), nn.Linear(50, 2)))
 
     def backward(px=None) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

@@ -215,9 +215,7 @@ MUST = {  # name: (layer, how x of shape (B, T, D) is handed to it)
     ),
     "TransformerEncoderLayer, time first": (lambda: nn.TransformerEncoderLayer(**E), time_first),
     "TransformerEncoder": (
-        lambda: nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(**E, batch_first=True), 2, enable_nested_tensor=False
-        ),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(**E, batch_first=True), 2, enable_nested_tensor=False),
         None,
     ),
     "TransformerDecoderLayer": (
@@ -242,9 +240,7 @@ MUST = {  # name: (layer, how x of shape (B, T, D) is handed to it)
         None,
     ),
     "upsampling": (
-        lambda: nn.Sequential(
-            nn.Conv1d(T, 2, 1), nn.Upsample(scale_factor=2, mode="linear"), nn.Conv1d(2, 2, 3)
-        ),
+        lambda: nn.Sequential(nn.Conv1d(T, 2, 1), nn.Upsample(scale_factor=2, mode="linear"), nn.Conv1d(2, 2, 3)),
         None,
     ),
     "gated linear unit": (lambda: nn.Sequential(nn.Linear(D, 6), nn.GLU(), nn.Linear(3, 2)), None),

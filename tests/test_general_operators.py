@@ -101,9 +101,7 @@ PRODUCTS = {
     "conv2d": (lambda m, x: F.conv2d(x[:, None], m.w, m.b), "w:5123 b:5"),
     "transposed conv": (lambda m, x: F.conv_transpose1d(x, m.w, m.b, stride=2), "w:T53 b:5"),
     "attention to learned keys": (
-        lambda m, x: F.scaled_dot_product_attention(
-            x, m.k.expand(len(x), -1, -1), m.v.expand(len(x), -1, -1)
-        ),
+        lambda m, x: F.scaled_dot_product_attention(x, m.k.expand(len(x), -1, -1), m.v.expand(len(x), -1, -1)),
         "k:5D v:5D",
     ),
     "attention by a learned query": (
@@ -273,9 +271,7 @@ SHAPES = {
     "folded by view, kept": (lambda m, x: (x.reshape(-1, x.shape[2]) * m.a).view(len(x), -1), "a:D"),
     "folded time first": (
         lambda m, x: (
-            F.linear(x.transpose(0, 1).reshape(-1, x.shape[2]), m.w)
-            .view(x.shape[1], len(x), 5)
-            .transpose(0, 1)
+            F.linear(x.transpose(0, 1).reshape(-1, x.shape[2]), m.w).view(x.shape[1], len(x), 5).transpose(0, 1)
         ),
         "w:5D",
     ),
@@ -297,7 +293,7 @@ SHAPES = {
 }
 
 CASES = ELEMENTWISE | PRODUCTS | SHAPES
-OPTIONAL = {"examples by slices", "class token by stacking"}
+OPTIONAL = {"examples by slices", "class token by stacking", "output without the input"}
 """What perex may refuse: in these, the batch axis becomes something else on the way."""
 
 

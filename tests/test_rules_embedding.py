@@ -61,9 +61,7 @@ def test_embedding_from_pretrained():
     check(nn.Sequential(table, nn.Linear(3, 2)), (torch.randint(5, (3, 4)),))
 
 
-@pytest.mark.parametrize(
-    "layer", [nn.Embedding(5, 3, max_norm=0.5), nn.EmbeddingBag(5, 3, max_norm=0.5)], ids=repr
-)
+@pytest.mark.parametrize("layer", [nn.Embedding(5, 3, max_norm=0.5), nn.EmbeddingBag(5, 3, max_norm=0.5)], ids=repr)
 def test_max_norm_is_exact_or_refused(layer):
     """It rewrites rows of the table in the forward."""
     exact_or_refused(nn.Sequential(layer, nn.Linear(3, 2)), (torch.randint(5, (3, 4)),), versions=False)
@@ -97,9 +95,7 @@ def test_scaling_by_frequency_mixes_examples_and_is_refused(layer):
     where=st.sampled_from(PLACES),
 )
 def test_bags_in_rows(batch, bag, padding_idx, sparse, weighted, mode, where):
-    layer = nn.EmbeddingBag(
-        VOCABULARY, 3, mode=mode, padding_idx=padding_idx, sparse=sparse and mode != "max"
-    )
+    layer = nn.EmbeddingBag(VOCABULARY, 3, mode=mode, padding_idx=padding_idx, sparse=sparse and mode != "max")
     torch.manual_seed(1)
     ids = torch.randint(VOCABULARY, (batch, bag))
     weights = [None, torch.randn(batch, bag)] if weighted and mode == "sum" else []

@@ -28,9 +28,7 @@ def test_linear(batch, middle, features, bias, where):
 
 
 @grid(20)
-@given(
-    sizes=st.lists(st.integers(1, 3), min_size=2, max_size=4), data=st.data(), where=st.sampled_from(PLACES)
-)
+@given(sizes=st.lists(st.integers(1, 3), min_size=2, max_size=4), data=st.data(), where=st.sampled_from(PLACES))
 def test_linear_with_the_batch_on_any_axis(sizes, data, where):
     batch_dim = data.draw(st.integers(0, len(sizes) - 1))
     check(*place(nn.Linear(3, 2), where, torch.randn(*sizes, 3)), batch_dim=batch_dim)
@@ -90,9 +88,7 @@ class NoBias(nn.Linear):
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
-@pytest.mark.parametrize(
-    "layer", [nn.Linear(3, 2), NoBias(3, 2), Conv1D(2, 3), nn.Bilinear(3, 3, 2)], ids=repr
-)
+@pytest.mark.parametrize("layer", [nn.Linear(3, 2), NoBias(3, 2), Conv1D(2, 3), nn.Bilinear(3, 3, 2)], ids=repr)
 def test_one_of_two_parameters_frozen(layer, frozen):
     getattr(layer, frozen).requires_grad_(False)
     x = torch.randn(3, 3, 3)

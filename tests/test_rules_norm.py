@@ -105,9 +105,7 @@ MIXING = {
     "training": net(nn.BatchNorm2d(3)),
     "not affine": net(nn.BatchNorm2d(3, affine=False)),
     "frozen": net(nn.BatchNorm2d(3).requires_grad_(False)),
-    "no running statistics": net(
-        nn.BatchNorm2d(3, track_running_stats=False)
-    ).eval(),  # batch statistics in eval too
+    "no running statistics": net(nn.BatchNorm2d(3, track_running_stats=False)).eval(),  # batch statistics in eval too
     "momentum 0": net(nn.BatchNorm2d(3, momentum=0.0)),
     "synchronised": net(nn.SyncBatchNorm(3)),
     "first": nn.Sequential(nn.Identity(), nn.BatchNorm2d(2, affine=False), nn.Conv2d(2, 3, 3)),

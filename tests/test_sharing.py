@@ -93,9 +93,7 @@ TWO_PLACES = {  # name: (model, shape of x)
         (3, 2, 8, 8),
     ),
     "conv2d, other groups": (
-        lambda: net(
-            lambda m, x: m.a(x[:, :2]) * m.b(x), both(), a=nn.Conv2d(2, 4, 3), b=nn.Conv2d(4, 4, 3, groups=2)
-        ),
+        lambda: net(lambda m, x: m.a(x[:, :2]) * m.b(x), both(), a=nn.Conv2d(2, 4, 3), b=nn.Conv2d(4, 4, 3, groups=2)),
         (3, 4, 5, 5),
     ),
     "conv2d and its transpose": (
@@ -104,16 +102,12 @@ TWO_PLACES = {  # name: (model, shape of x)
     ),
     "transposed conv, twice": (lambda: net(twice, a=nn.ConvTranspose1d(2, 2, 3)), (3, 2, 4)),
     "sizes of a pyramid": (
-        lambda: net(
-            lambda m, x: m.a(x).mean((2, 3)) * m.a(x[..., ::2, ::2]).mean((2, 3)), a=nn.Conv2d(2, 3, 2)
-        ),
+        lambda: net(lambda m, x: m.a(x).mean((2, 3)) * m.a(x[..., ::2, ::2]).mean((2, 3)), a=nn.Conv2d(2, 3, 2)),
         (3, 2, 6, 6),
     ),
     "layer norm, twice": (lambda: net(twice, a=nn.LayerNorm(4)), (3, 3, 4)),
     "layer norm, two modules": (
-        lambda: net(
-            sequence, {"b.weight": "a.weight", "b.bias": "a.bias"}, a=nn.LayerNorm(4), b=nn.LayerNorm(4)
-        ),
+        lambda: net(sequence, {"b.weight": "a.weight", "b.bias": "a.bias"}, a=nn.LayerNorm(4), b=nn.LayerNorm(4)),
         (3, 3, 4),
     ),
     "weight as the bias": (
@@ -144,9 +138,7 @@ def test_two_places(case):
     check(build(), (torch.randn(shape),))
 
 
-@pytest.mark.parametrize(
-    "case", ["linear, twice", "linear, two modules", "conv2d, two modules", "prelu everywhere"]
-)
+@pytest.mark.parametrize("case", ["linear, twice", "linear, two modules", "conv2d, two modules", "prelu everywhere"])
 def test_two_places_on_input_that_requires_grad(case):
     build, shape = TWO_PLACES[case]
     check(build(), (torch.randn(shape).requires_grad_(),))
@@ -162,13 +154,9 @@ def language(m, ids: Tensor) -> Tensor:
 TABLES = {
     "head is a module": lambda: net(language, both(), a=nn.Embedding(V, D), b=nn.Linear(D, V, bias=False)),
     "head has a bias": lambda: net(language, both(), a=nn.Embedding(V, D), b=nn.Linear(D, V)),
-    "head is F.linear": lambda: net(
-        lambda m, ids: F.linear(m.a(ids).tanh(), m.a.weight), a=nn.Embedding(V, D)
-    ),
+    "head is F.linear": lambda: net(lambda m, ids: F.linear(m.a(ids).tanh(), m.a.weight), a=nn.Embedding(V, D)),
     "head is matmul": lambda: net(lambda m, ids: m.a(ids).tanh() @ m.a.weight.t(), a=nn.Embedding(V, D)),
-    "head is a part": lambda: net(
-        lambda m, ids: F.linear(m.a(ids).tanh(), m.a.weight[:3]), a=nn.Embedding(V, D)
-    ),
+    "head is a part": lambda: net(lambda m, ids: F.linear(m.a(ids).tanh(), m.a.weight[:3]), a=nn.Embedding(V, D)),
     "padding": lambda: net(language, both(), a=nn.Embedding(V, D, padding_idx=1), b=nn.Linear(D, V)),
     "two embeddings": lambda: net(
         lambda m, ids: m.a(ids) * m.b(ids.flip(1)), both(), a=nn.Embedding(V, D), b=nn.Embedding(V, D)

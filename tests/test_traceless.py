@@ -87,7 +87,9 @@ def shape_of_traces(model: nn.Module) -> dict:
         if name.startswith("parameter"):
             found[name] = {k: v for k, v in seen.items() if k not in ("id", "pointer", "version")}
         elif name.startswith("module"):
-            found[name] = {k: v for k, v in seen.items() if k not in ("parameters", "children")}
+            found[name] = {k: v for k, v in seen.items() if k not in ("parameters", "children", "type", "methods")}
+            found[name]["hooks"] = {k: [type(h).__name__ for h in v.values()] for k, v in seen["hooks"].items()}
+            found[name]["class"] = str(seen["type"])  # a parametrized module has a class of its own
     return found
 
 

@@ -96,7 +96,7 @@ def after_reshape(old: Sequence[int], new: Sequence[int], axis: Axis, batch: int
     new = [size or stand_in for size in new]
     examples = batch or stand_in
     outer = math.prod(old[: axis.dim]) * axis.outer
-    inner = math.prod(old[axis.dim + 1 :]) * axis.inner
+    inner = math.prod(old[axis.dim + 1 :]) * (axis.inner or stand_in)
     best: Axis | None = None
     for k, size in enumerate(new):
         before, after = math.prod(new[:k]), math.prod(new[k + 1 :])
@@ -106,9 +106,8 @@ def after_reshape(old: Sequence[int], new: Sequence[int], axis: Axis, batch: int
             found = Axis(k, outer // before, inner // after)
             if best is None or found.outer * found.inner < best.outer * best.inner:
                 best = found
-    if best is not None and stand_in in (best.outer, best.inner):
-        return best._replace(
-            outer=0 if best.outer == stand_in else best.outer,
-            inner=0 if best.inner == stand_in else best.inner,
-        )
+    if best is None and stand_in in new:  # no elements at all: any row will do
+        return Axis(new.index(stand_in), 1, 0)
+    if best is not None and (best.outer * best.inner) % stand_in == 0:
+        return Axis(best.dim, 1, 0)
     return best

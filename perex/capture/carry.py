@@ -75,6 +75,10 @@ class Operation:
         """The label of a result that sums over the batch."""
         return Lost("reduced", f"`{self.name}` reduces the batch axis")
 
+    def contracted(self) -> Lost:
+        """The label of a product that sums over the batch: a loss if a number, and a mixture otherwise."""
+        return self.mixed("sums over the batch") if result_tensor(self).dim() else self.reduced()
+
     def refused(self, why: str) -> Lost:
         """The label of a result of a layer that is set to mix examples."""
         return Lost("refused", f"`{self.name}` {why}")
@@ -118,13 +122,13 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
     handler = FAMILIES.get(func)
     if handler is factory:
         return None
-    if operation.batch == 1 and (batched or lost is not None):
+    if operation.batch == 1 and (batched or lost is not None or getattr(handler, "decides", False)):
         return alone(operation, handler, lost)
     if lost is not None:
         if lost.kind == "reduced" and batched:
             return Lost("mixed", f"{lost.why}, and `{operation.name}` gives the outcome back to every example")
         return lost
-    if not batched:
+    if not batched and not getattr(handler, "decides", False):
         return None
     if handler is None:
         return operation.unknown("is an operator perex does not know")

@@ -13,9 +13,7 @@ from torch import Tensor
 from perex.capture.axis import Axis, Label
 from perex.capture.carry import FAMILIES, Operation, dims_of, factory, family, normal, result_tensor
 
-family("arange linspace logspace eye zeros ones full empty new_zeros new_ones new_full new_empty new_tensor")(
-    factory
-)
+family("arange linspace logspace eye zeros ones full empty new_zeros new_ones new_full new_empty new_tensor")(factory)
 
 
 def aligned(op: Operation, arguments: list[tuple[Tensor, Axis]] | None = None) -> Label:
@@ -182,23 +180,21 @@ def triangle(op: Operation) -> Label:
     return op.mixed("masks by position in the batch") if axis.dim >= tensor.dim() - 2 else axis
 
 
-@family("matmul mm bmm mv dot inner vdot vecdot")
+@family("matmul mm bmm mv dot vdot vecdot")
 def matmul(op: Operation) -> Label:
     """`(..., m, k) @ (..., k, n)`; one-dimensional arguments lose the dimension they lend."""
     x, y = (op.args[1], op.args[0]) if op.name == "__rmatmul__" else op.args[:2]
-    if op.name in ("inner", "vdot", "vecdot", "dot"):
-        return op.reduced() if x.dim() == 1 == y.dim() else op.unknown()
+    if op.name in ("vdot", "vecdot", "dot"):
+        return op.contracted() if x.dim() == 1 == y.dim() else op.unknown()
     out = result_tensor(op)
     places = set()
     for tensor, other, contracted, row in ((x, y, -1, -2), (y, x, -2, -1)):
         axis = op.axis(tensor)
         if axis is None:
             continue
-        if tensor.dim() == 1:
-            return op.reduced()
         back = axis.dim - tensor.dim()
-        if back == contracted:
-            return op.reduced()
+        if tensor.dim() == 1 or back == contracted:
+            return op.contracted()
         if back == row:
             places.add(axis.moved(out.dim() - 1 if row == -1 or other.dim() == 1 else out.dim() - 2))
         else:
@@ -222,7 +218,53 @@ def matmul_with_bias(op: Operation) -> Label:
     return label
 
 
-@family("outer ger cdist tensordot kron cross chain_matmul multi_dot block_diag cartesian_prod meshgrid")
+@family("tensordot")
+def tensordot(op: Operation) -> Label:
+    """`tensordot(x, y, dims)`: what is left of x, then what is left of y."""
+    x, y = op.args[:2]
+    dims = op.arg(2, "dims", 2)
+    if isinstance(dims, int):
+        dims = (range(x.dim() - dims, x.dim()), range(dims))
+    if isinstance(dims, Tensor) or len(op.batched()) != 1:
+        return op.unknown()
+    contracted = [dims_of(list(d), t.dim()) if len(d) else [] for d, t in zip(dims, (x, y), strict=True)]
+    first = op.axis(x) is not None
+    axis, taken = op.batched()[0][1], contracted[0 if first else 1]
+    if axis.dim in taken:
+        return op.contracted()
+    before = 0 if first else x.dim() - len(contracted[0])
+    return axis.moved(before + axis.dim - sum(d < axis.dim for d in taken))
+
+
+@family("inner")
+def inner(op: Operation) -> Label:
+    """`inner(x, y)`: the last dimensions contracted; what is left of x, then what is left of y."""
+    x, y = op.args[:2]
+    if len(op.batched()) != 1 or x.dim() == 0 or y.dim() == 0:
+        return op.unknown()
+    tensor, axis = op.batched()[0]
+    if axis.dim == tensor.dim() - 1:
+        return op.contracted()
+    return axis if op.axis(x) is not None else axis.moved(axis.dim + x.dim() - 1)
+
+
+@family("cdist")
+def cdist(op: Operation) -> Label:
+    """`(..., P, d)` and `(..., R, d)` to `(..., P, R)`."""
+    x, y = op.args[:2]
+    out = result_tensor(op)
+    places = set()
+    for tensor, place in ((x, -2), (y, -1)):
+        axis = op.axis(tensor)
+        if axis is not None:
+            back = axis.dim - tensor.dim()
+            if back == -1:
+                return op.contracted()
+            places.add(axis.moved(out.dim() + (place if back == -2 else back)))
+    return places.pop() if len(places) == 1 else op.mixed("pairs examples with each other")
+
+
+@family("outer ger kron cross chain_matmul multi_dot block_diag cartesian_prod meshgrid")
 def between(op: Operation) -> Label:
     """Products of which perex follows none."""
     return op.unknown("combines tensors in a way perex does not follow")
@@ -263,7 +305,7 @@ def einsum(op: Operation) -> Label:
     if len(names) != 1 or len(found) != 1:
         return op.mixed("pairs examples with each other")
     name = names.pop()
-    return found.pop().moved(named.index(name)) if name in named else op.reduced()
+    return found.pop().moved(named.index(name)) if name in named else op.contracted()
 
 
 @family("linear")
@@ -273,7 +315,7 @@ def linear(op: Operation) -> Label:
     axis = op.axis(x)
     if axis is None or len(op.batched()) != 1:
         return op.mixed("has a weight that differs between examples")
-    return axis if axis.dim < x.dim() - 1 else op.reduced()
+    return axis if axis.dim < x.dim() - 1 else op.contracted()
 
 
 @family("bilinear")
@@ -321,12 +363,16 @@ def embedding_bag(op: Operation) -> Label:
     if offsets is None:
         ids, weights = op.arg(0, "input"), op.arg(8, "per_sample_weights")
         axes = {axis for _, axis in op.batched()}
-        return op.mixed() if axes != {op.axis(ids)} or op.axis(ids).dim or not op.only(ids, weights) else axes.pop()
+        axis = axes.pop()
+        return op.mixed() if axes or axis.dim or op.axis(ids) is None or not op.only(ids, weights) else axis
     if op.axis(op.arg(1, "weight")) is not None:
         return op.mixed("has a table that differs between examples")
     if op.axis(offsets) not in (None, Axis(0)) or result_tensor(op).size(0) != op.batch:
         return op.unknown("does not have one bag for each example")
     return Axis(0)
+
+
+embedding_bag.decides = True  # type: ignore[attr-defined]  # bags are examples, whatever the ids are
 
 
 @family(
@@ -335,7 +381,7 @@ def embedding_bag(op: Operation) -> Label:
 )
 def image(op: Operation) -> Label:
     """`(N, C, ...)` to `(N, C', ...)`: rows are images, each on its own."""
-    x = op.args[0] if op.args else op.kwargs.get("input")
+    x: Tensor = op.args[0] if op.args else op.kwargs["input"]
     if op.name.startswith("conv") and x.dim() != int(op.name[-2]) + 2:
         return op.mixed("works on one image, and finds the batch axis inside it")
     if not op.only(x, op.arg(1, "grid") if op.name == "grid_sample" else None):
@@ -452,7 +498,8 @@ def recurrent(op: Operation) -> Label | list[Label]:
     states = op.args[1] if isinstance(op.args[1], (list, tuple)) else [op.args[1]]
     if op.axis(x) != want or any(op.axis(h) not in (None, Axis(1)) for h in states) or not op.only(x, *states):
         return op.mixed("works along the batch axis: is `batch_first` right?")
-    return [want] + [Axis(1)] * (len(op.out) - 1)
+    states_out: list[Label] = [Axis(1)] * (len(op.out) - 1)
+    return [want, *states_out]
 
 
 @family("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class Receiver(Protocol):
     def escaped(self, forward: Forward, names: str) -> None:
         """A gradient came from a use of a derived tensor that perex did not see."""
 
+    def differentiated_twice(self, forward: Forward, where: str) -> None:
+        """A gradient came through a gradient."""
+
 
 class Forward:
     """What all calls of one forward share.
@@ -33,16 +36,22 @@ class Forward:
     Attributes:
         number: forwards of a tracker count up; recomputations have the number of none, -1.
         batch: number of examples, B.
+        path: the module whose call it is.
+        tracked: the parameters that are wanted.
         uses: how many factors each parameter will get, if every call's gradient arrives.
         paths: for reports, `(module path, operator, rule, parameters)` of each call.
         sentinel: an input of all taps that requires grad. It is not a leaf, so that its node tells whether a
             backward is restricted to some inputs (`torch.autograd.grad`).
     """
 
-    def __init__(self, number: int, receiver: Receiver, batch: int, tracked: list[Entry]) -> None:
+    task: int | None = None
+    """For a recomputation, the backward that it runs in."""
+
+    def __init__(self, number: int, receiver: Receiver, batch: int, path: str, tracked: list[Entry]) -> None:
         self.number = number
         self.receiver = receiver
         self.batch = batch
+        self.path = path
         self.tracked = tracked
         self.uses: Counter[Entry] = Counter()
         self.paths: list[tuple[str, str, str, tuple[str, ...]]] = []
@@ -72,5 +81,6 @@ class Forward:
         """Hand on what a guard got."""
         self.receiver.escaped(self, names)
 
-
-Sink = Callable[[Any], None]
+    def differentiated_twice(self, where: str) -> None:
+        """Hand on what a differentiated gradient got."""
+        self.receiver.differentiated_twice(self, where)

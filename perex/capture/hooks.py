@@ -22,6 +22,9 @@ class Hook:
         """Run the hook with the module's path."""
         return self.run(self.path, module, *arguments)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy has no hook: see `Reduce` and `Copy`."""
+
 
 class Reduce:
     """An attached module's `__reduce_ex__`: copies and pickles of the model know nothing of perex."""
@@ -34,13 +37,41 @@ class Reduce:
         answer = type(self.module).__reduce_ex__(self.module, protocol)
         if not isinstance(answer, tuple) or len(answer) < 3 or not isinstance(answer[2], dict):
             return answer
-        state = {name: value for name, value in answer[2].items() if not isinstance(value, Reduce)}
-        hooks = {**state.get("_forward_pre_hooks", {}), **state.get("_forward_hooks", {})}
-        own = {key for key, hook in hooks.items() if isinstance(hook, Hook)}
-        for name, value in state.items():
-            if name.startswith(("_forward_pre_hooks", "_forward_hooks")):
-                state[name] = type(value)((key, item) for key, item in value.items() if key not in own)
-        return *answer[:2], state, *answer[3:]
+        return *answer[:2], without_hooks(answer[2], hook_keys(self.module)), *answer[3:]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy needs none."""
+
+
+class Copy:
+    """An attached module's `__deepcopy__`, where its class has one of its own (parametrized modules do)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, memo: dict[int, Any]) -> nn.Module:
+        """The class's copy, without the hooks."""
+        copied: nn.Module = type(self.module).__deepcopy__(self.module, memo)  # type: ignore[attr-defined]
+        copied.__dict__ = without_hooks(copied.__dict__, hook_keys(self.module))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy needs none."""
+
+
+def hook_keys(module: nn.Module) -> set[int]:
+    """Under which keys a module's dictionaries hold perex's hooks."""
+    hooks = {**module._forward_pre_hooks, **module._forward_hooks}
+    return {key for key, hook in hooks.items() if isinstance(hook, Hook)}
+
+
+def without_hooks(state: dict[str, Any], keys: set[int]) -> dict[str, Any]:
+    """A module's attributes with nothing of perex in them."""
+    clean = {name: value for name, value in state.items() if name not in ("__reduce_ex__", "__deepcopy__")}
+    for name, value in clean.items():
+        if name.startswith(("_forward_pre_hooks", "_forward_hooks")):
+            clean[name] = type(value)((key, item) for key, item in value.items() if key not in keys)
+    return clean
 
 
 def hooked(model: nn.Module) -> str | None:
@@ -51,9 +82,7 @@ def hooked(model: nn.Module) -> str | None:
     return None
 
 
-def hook(
-    model: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any]
-) -> list[Callable[[], object]]:
+def hook(model: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any]) -> list[Callable[[], object]]:
     """Hook all modules of a model; what it returns, called, takes the hooks off again.
 
     Args:
@@ -74,4 +103,7 @@ def hook(
         undo.append(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
         module.__dict__["__reduce_ex__"] = Reduce(module)
         undo.append(functools.partial(module.__dict__.pop, "__reduce_ex__", None))
+        if hasattr(type(module), "__deepcopy__"):
+            module.__dict__["__deepcopy__"] = Copy(module)
+            undo.append(functools.partial(module.__dict__.pop, "__deepcopy__", None))
     return undo

@@ -13,13 +13,13 @@ from torch import Tensor
 from perex.capture.carry import FAMILIES
 
 METADATA = """
-    __bool__ __contains__ __deepcopy__ __dir__ __dlpack__ __dlpack_device__ __float__ __format__ __hash__
-    __index__ __int__ __len__ __reduce_ex__ __repr__ __setstate__ __complex__ __array__ __iter_shape__
+    __bool__ __contains__ __deepcopy__ __dir__ __dlpack__ __dlpack_device__ __format__ __hash__
+    __index__ __int__ __len__ __reduce_ex__ __repr__ __setstate__
     _is_view _version allclose backward data_ptr dense_dim dim dim_order element_size equal get_device has_names
     is_coalesced is_complex is_conj is_contiguous is_distributed is_floating_point is_inference is_neg
-    is_nonzero is_pinned is_same_size is_set_to is_shared is_signed is_sparse item ndimension nelement numel
-    numpy pin_memory record_stream register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad
-    share_memory_ size sparse_dim storage storage_offset storage_type stride tolist untyped_storage
+    is_nonzero is_pinned is_same_size is_set_to is_shared is_signed is_sparse ndimension nelement numel
+    pin_memory record_stream register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad
+    share_memory_ size sparse_dim storage storage_offset storage_type stride untyped_storage
     is_tensor is_storage result_type can_cast promote_types is_same_size
 """.split()
 """Operators whose result holds nothing that a gradient goes through."""
@@ -42,6 +42,9 @@ def _metadata() -> frozenset[Any]:
 
 PASSED_OVER = _metadata()
 """Operators that capture lets through unseen."""
+
+NUMBERS = frozenset({Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__complex__, Tensor.__array__})
+"""Operators that take numbers out of torch, where nothing can be followed."""
 
 READS_FIRST = frozenset({Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as})
 """Operators that read only the shape or type of their further arguments."""
@@ -71,9 +74,11 @@ def out_of_place(func: Callable[..., Any]) -> Callable[..., Any] | None:
     return found
 
 
-def composite(func: Callable[..., Any]) -> bool:
+def composite(func: Any) -> bool:
     """Whether an operator is a Python function over others, and no family knows it as a whole."""
-    return isinstance(func, types.FunctionType) and func not in FAMILIES and "torch" in func.__module__
+    if func in FAMILIES or func in NUMBERS or not isinstance(func, types.FunctionType):
+        return False
+    return func.__module__.startswith("torch") and not func.__module__.startswith("torch.autograd")
 
 
 def _no(*args: Any, **kwargs: Any) -> bool:

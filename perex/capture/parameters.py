@@ -70,7 +70,7 @@ def selector(params: Selection) -> Callable[[str, nn.Parameter], bool]:
         return lambda name, parameter: True
     if callable(params):
         return params
-    patterns = [params] if isinstance(params, str) else list(params)
+    patterns = [params] if isinstance(params, str) else list(params) if isinstance(params, Iterable) else [params]
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise AttachError(
             f"params={params!r}: give names or globs such as 'layer4.*', or a function of (name, parameter)"
@@ -88,23 +88,40 @@ class Parameters:
         untapped: called with the name of a parameter that got a gradient from a use nobody saw.
     """
 
-    def __init__(
-        self, model: nn.Module, params: Selection, param_grads: bool, untapped: Callable[[str], None]
-    ) -> None:
+    def __init__(self, model: nn.Module, params: Selection, param_grads: bool, untapped: Callable[[str], None]) -> None:
         self.model = model
+        if not (params is None or isinstance(params, str) or callable(params)) and isinstance(params, Iterable):
+            params = list(params)  # an iterator is read once
         self.choose = selector(params)
         self.param_grads = param_grads
         self.untapped = untapped
         self.entries: dict[int, Entry] = {}
         self.refresh()
+        try:
+            self.check(params)
+        except AttachError:
+            self.release()
+            raise
+
+    def check(self, params: Selection) -> None:
+        """Raise where `params` selects nothing that can be tracked."""
         if not any(entry.selected for entry in self):
-            some = ", ".join(entry.name for entry in list(self)[:5]) or "none at all"
-            raise AttachError(f"params={params!r} matches no parameter of the model; its parameters: {some}, ...")
-        if isinstance(params, (list, tuple, set)):
-            names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+            some = ", ".join(entry.name for entry in list(self)[:5])
+            raise AttachError(
+                f"params={params!r} matches no parameter of the model; it has {some}, ..."
+                if some
+                else "the model has no parameters"
+            )
+        if isinstance(params, list):
+            names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
             for pattern in params:
                 if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                     raise AttachError(f"params: {pattern!r} matches no parameter of the model")
+
+        if not any(entry.tracked for entry in self):
+            raise AttachError(
+                "no parameter that `params` selects requires grad: unfreeze what you want to track before attaching"
+            )
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries.values())
@@ -210,7 +227,6 @@ def pull_back(shared: Shared, grads: Tensor) -> list[tuple[Entry, Tensor]]:
     except RuntimeError:  # an operator without a batched derivative
         each = [product(grad, batched=False) for grad in grads]
         found = tuple(
-            None if any(part is None for part in parts) else torch.stack(parts)  # type: ignore[arg-type]
-            for parts in zip(*each, strict=True)
+            None if any(part is None for part in parts) else torch.stack(parts) for parts in zip(*each, strict=True)
         )
     return [(entry, grad) for entry, grad in zip(shared.entries, found, strict=True) if grad is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import weakref
@@ -97,7 +98,7 @@ class Session:
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a module's forward."""
-        if torch.compiler.is_compiling():
+        if compiling():
             raise AttachError(
                 f"module '{path}' is being compiled while perex is attached: perex cannot see into compiled code. "
                 "Call the uncompiled model"
@@ -110,8 +111,7 @@ class Session:
             return
         if not torch.is_grad_enabled():
             return
-        self.begin(frame, args, kwargs)
-        if self.running:
+        if self.begin(frame, args, kwargs):
             self.open_module(frame, module, args, kwargs)
 
     def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
@@ -134,12 +134,12 @@ class Session:
                 self.end()
         return result
 
-    def begin(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Begin a forward with the outermost module call, or go on with one whose outputs are its inputs."""
         inputs = [tensor for tensor in tensors_of((args, kwargs)) if not isinstance(tensor, nn.Parameter)]
         batch = next((t.size(self.batch_dim) for t in inputs if t.dim() > self.batch_dim), None)
         if batch is None:
-            return
+            return False
         recomputed = torch._C._current_graph_task_id() != -1
         capture = self.capture
         outputs = {id(t): label for ref, label in self.outputs if (t := ref()) is not None}
@@ -153,8 +153,9 @@ class Session:
                 self.forwards += 1
             tracked = [entry for entry in self.parameters if entry.tracked]
             number = -1 if recomputed else self.forwards
-            forward = Forward(number, self.receiver, batch, tracked)
-            capture = Capture(self.parameters, forward, self.key, self.where)
+            forward = Forward(number, self.receiver, batch, frame.path, tracked)
+            forward.task = torch._C._current_graph_task_id() if recomputed else None
+            capture = Capture(self.parameters, forward, self.key, self.where, self.recomputing)
             if not recomputed:
                 self.began(forward)
         assert capture is not None
@@ -163,10 +164,32 @@ class Session:
         batch = capture.forward.batch
         for tensor in inputs:
             known = outputs.get(id(tensor)) if goes_on else None
-            capture.mark_foreign(tensor, known or self.input_axis(tensor, batch))
+            capture.labels.mark_foreign(tensor, known or self.input_axis(tensor, batch))
         frame.begins = True
         self.running = True
         capture.__enter__()
+        return True
+
+    @contextlib.contextmanager
+    def recomputing(self, forward: Forward, args: tuple[Any, ...]) -> Iterator[None]:
+        """Run a checkpoint of `forward` again, with taps that save what the first ones did.
+
+        Where the examples are in its arguments is found by size: no gradient depends on it, only what is saved.
+        """
+        again = Forward(-1, self.receiver, forward.batch, forward.path, forward.tracked)
+        capture = Capture(self.parameters, again, self.key, self.where, self.recomputing)
+        before = self.capture, self.running
+        self.capture, self.running = capture, True
+        for tensor in tensors_of(args):
+            axis = self.input_axis(tensor, forward.batch)
+            dims = [dim for dim, size in enumerate(tensor.shape) if size == forward.batch]
+            capture.labels.mark_foreign(tensor, axis or (Axis(dims[0]) if dims else None))
+        try:
+            with capture:
+                yield
+        finally:
+            capture.labels.clean()
+            self.capture, self.running = before
 
     def input_axis(self, tensor: Tensor, batch: int) -> Axis | None:
         """The batch axis of an input: `batch_dim`, or dimension 0 of one that has fewer dimensions."""
@@ -180,7 +203,7 @@ class Session:
             self.capture.__exit__(None, None, None)
             self.capture.opaque = None
             self.capture.inputs = []
-            self.capture.clean()
+            self.capture.labels.clean()
             if self.capture.forward.recomputed:
                 self.capture = None
 
@@ -199,16 +222,16 @@ class Session:
         """Tap the output of a module with a rule of its own."""
         rule = module_rule_for(module)
         assert rule is not None
-        return capture.tap_module(module, rule, args, kwargs, out)
+        return capture.meeting.module(module, rule, args, kwargs, out)
 
     def take_outputs(self, capture: Capture, out: Any) -> None:
         """Remember where the examples are in the outputs; refuse those in which they are mixed, or may be."""
         self.outputs = []
         for tensor in tensors_of(out):
-            label = capture.label(tensor)
+            label = capture.labels.of(tensor)
             if isinstance(label, (Axis, Lost)):
                 self.outputs.append((weakref.ref(tensor), label))
-                capture.labelled.append(tensor)
+                capture.labels.foreign.append(tensor)
             if isinstance(label, Lost) and label.kind != "reduced" and tensor.requires_grad:
                 raise UnsupportedError(
                     f"perex cannot tell the examples apart in an output of the model: {label.why}. "
@@ -223,8 +246,13 @@ class Session:
         self.parameters.release()
         if self.capture is not None:
             self.capture.active = False
-            self.capture.clean()
+            self.capture.labels.clean()
             self.capture = None
+
+
+def compiling() -> bool:
+    """Whether `torch.compile` is tracing this code (a constant for type checkers, so behind a function)."""
+    return bool(torch.compiler.is_compiling())
 
 
 def check_model(model: nn.Module) -> None:

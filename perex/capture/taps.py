@@ -34,7 +34,7 @@ class Tap(torch.autograd.Function):
         """Return the outputs as they are."""
         ctx.call = call  # type: ignore[attr-defined]
         ctx.save_for_backward(*saved)
-        ctx.set_materialize_grads(False)  # type: ignore[attr-defined]
+        ctx.set_materialize_grads(False)
         return tuple(output.detach() for output in outputs)
 
     @staticmethod
@@ -43,7 +43,30 @@ class Tap(torch.autograd.Function):
         if any(grad is not None for grad in grads):
             call: Call = ctx.call
             call.forward.receive(call, ctx.saved_tensors, grads)
+            if torch.is_grad_enabled():  # create_graph=True
+                sentinel = call.forward.sentinel
+                grads = tuple(g if g is None else Second.apply(call, sentinel, g) for g in grads)
         return None, None, None, *grads
+
+
+class Second(torch.autograd.Function):
+    """On an output gradient that is to be differentiated again: reports when that happens.
+
+    A gradient of gradients (a gradient penalty, a force) uses parameters in the backward's own operators,
+    which no rule covers.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, call: Call, sentinel: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient as it is."""
+        ctx.call = call  # type: ignore[attr-defined]
+        return grad.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        """Report, and pass the gradient on."""
+        ctx.call.forward.differentiated_twice(ctx.call.where)
+        return None, None, grad
 
 
 class Alias(torch.autograd.Function):
@@ -57,7 +80,7 @@ class Alias(torch.autograd.Function):
     def forward(ctx: FunctionCtx, entry: Entry, parameter: Tensor) -> Tensor:
         """Return the parameter's values."""
         ctx.entry = entry  # type: ignore[attr-defined]
-        ctx.set_materialize_grads(False)  # type: ignore[attr-defined]
+        ctx.set_materialize_grads(False)
         return parameter.detach()
 
     @staticmethod
@@ -79,7 +102,7 @@ class Guard(torch.autograd.Function):
     def forward(ctx: FunctionCtx, forward: Forward, names: str, passes: bool, derived: Tensor) -> Tensor:
         """Return the derived tensor's values."""
         ctx.found = forward, names, passes  # type: ignore[attr-defined]
-        ctx.set_materialize_grads(False)  # type: ignore[attr-defined]
+        ctx.set_materialize_grads(False)
         return derived.detach()
 
     @staticmethod

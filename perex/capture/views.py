@@ -57,8 +57,8 @@ def transpose_last(op: Operation) -> Label:
     return permuted(op, order)
 
 
-for _getter in (Tensor.mT, Tensor.mH, Tensor.H):
-    FAMILIES[_getter.__get__] = transpose_last
+for _name in ("mT", "mH", "H"):
+    FAMILIES[getattr(Tensor, _name).__get__] = transpose_last
 
 
 def _reversed(op: Operation) -> Label:
@@ -71,7 +71,7 @@ def _same(op: Operation) -> Label:
     return aligned(op)
 
 
-FAMILIES[Tensor.T.__get__] = _reversed
+FAMILIES[getattr(Tensor, "T").__get__] = _reversed  # noqa: B009  (a descriptor, which types call a Tensor)
 for _name in ("real", "imag", "data"):
     FAMILIES[getattr(Tensor, _name).__get__] = _same
 
@@ -166,6 +166,10 @@ def select(op: Operation) -> Label:
 def narrow(op: Operation) -> Label:
     """`narrow(input, dim, start, length)`, `index_select(input, dim, index)`."""
     found = only(op)
+    ids = op.arg(2, "index")
+    own = op.axis(ids)
+    if op.name == "index_select" and own is not None and len(op.batched()) == 1:  # a table looked up
+        return own.moved(normal(op.arg(1, "dim"), op.args[0].dim()))
     if found is not None and op.name == "index_select" and normal(op.arg(1, "dim"), found[0].dim()) == found[1].dim:
         return op.unknown("picks examples by position")
     return picked(op, op.arg(1, "dim"), drops=False)
@@ -177,7 +181,7 @@ def diff(op: Operation) -> Label:
     return picked(op, op.arg(2, "dim", -1), drops=False)
 
 
-@family("split chunk tensor_split split_with_sizes hsplit vsplit dsplit unbind unsafe_chunk unsafe_split", in_place=False)
+@family("split chunk tensor_split split_with_sizes hsplit vsplit dsplit unbind", in_place=False)
 def split(op: Operation) -> Label | list[Label]:
     """Pieces along a dimension; pieces of the batch axis hold whole batches or are not followed."""
     found = only(op)
@@ -250,6 +254,13 @@ def gather(op: Operation) -> Label:
     return axis
 
 
+@family("take", in_place=False)
+def take(op: Operation) -> Label:
+    """`take(input, ids)`: entries of the flattened input."""
+    ids = op.args[1]
+    return op.axis(ids) if op.only(ids) else op.unknown()
+
+
 @family("view_as_real view_as_complex", in_place=False)
 def complex_view(op: Operation) -> Label:
     """A last dimension of real and imaginary part, added or taken away."""
@@ -303,7 +314,7 @@ def indexed(op: Operation, source: Tensor, index: Any) -> Label:
             return op.unknown("picks one example")
         dim += 1
     if ids and not together:
-        result = ["ids"] * len(block) + result
+        result[:0] = ["ids"] * len(block)
     places = set()
     for tensor in ids:
         own = op.axis(tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class Ref(NamedTuple):
-    """The place of a tensor in a template of arguments: tensor number `index` of the call."""
+    """The place of a tensor in a template of arguments: tensor `number` of the call."""
 
-    index: int
+    number: int
 
 
 def pack(value: Any, tensors: list[Tensor]) -> Any:
@@ -37,7 +37,7 @@ def pack(value: Any, tensors: list[Tensor]) -> Any:
 def unpack(value: Any, tensors: Sequence[Any]) -> Any:
     """Put tensors back in the places of their `Ref`s."""
     if isinstance(value, Ref):
-        return tensors[value.index]
+        return tensors[value.number]
     if type(value) in (list, tuple):
         return type(value)(unpack(item, tensors) for item in value)
     if isinstance(value, dict):
@@ -49,7 +49,8 @@ def unpack(value: Any, tensors: Sequence[Any]) -> Any:
 class Call:
     """What is known of one operator call when the forward is over.
 
-    `axes[i]` is the batch axis of tensor `i`, or None where it is the same for all examples. `slots` names
+    `axes[i]` is the batch axis of tensor `i`, or None where it is the same for all examples; `kept` are the numbers of
+    the tensors that the rule reads again. `slots` names
     the parameters (or tensors derived from parameters alone) whose gradients are wanted: by argument name
     for an operator with a rule, by attribute name for a module with a rule, by tensor number on the general
     path. There `rows[i]` is the axis of a shared or constant tensor whose rows are aligned with the examples, as
@@ -64,11 +65,10 @@ class Call:
     kwargs: dict[str, Any]
     axes: list[Axis | None]
     slots: dict[Any, Source]
-    rows: dict[int, Axis]
-    shapes: list[torch.Size]
-    kept: list[int]
     out_axes: list[Axis]
-    out_shapes: list[torch.Size]
+    shapes: list[torch.Size]
+    kept: list[int] = field(default_factory=list)
+    rows: dict[int, Axis] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -106,14 +106,14 @@ class Captured:
 
     def examples(self, name: str) -> Tensor:
         """Argument `name` with examples in front, `(B, *rest)`; a constant is given to each example."""
-        index = self.call.template(name).index
+        index = self.call.template(name).number
         axis, value = self.call.axes[index], widen(self.tensors[index])
         return value.expand(self.batch, *value.shape) if axis is None else axis.front(value, self.batch)
 
     def value(self, name: str) -> Any:
         """Argument `name` as the operator got it; a tensor must be among those the rule `saves`."""
         template = self.call.template(name)
-        return widen(self.tensors[template.index]) if isinstance(template, Ref) else template
+        return widen(self.tensors[template.number]) if isinstance(template, Ref) else template
 
     def option(self, name: str, default: Any) -> Any:
         """An argument that is not a tensor, or its default."""
@@ -122,7 +122,7 @@ class Captured:
 
     def shape(self, name: str) -> torch.Size:
         """The shape of argument `name`, which need not be saved."""
-        return self.call.shapes[self.call.template(name).index]
+        return self.call.shapes[self.call.template(name).number]
 
     def wants(self, name: str) -> bool:
         """Whether the gradient of parameter `name` is asked for."""

@@ -39,7 +39,7 @@ def factors_of(captured: Captured, x: Tensor, geometry: Geometry) -> dict[str, F
     F.conv3d,
     arguments="input weight bias stride padding dilation groups",
     parameters="weight bias",
-    saves="input",
+    saves={"weight": "input"},
 )
 def convolution(captured: Captured) -> dict[str, Factor]:
     """`F.conv1d`, `F.conv2d`, `F.conv3d`, with padding as numbers or by name."""
@@ -64,7 +64,7 @@ def convolution(captured: Captured) -> dict[str, Factor]:
     F.conv_transpose3d,
     arguments="input weight bias stride padding output_padding groups dilation",
     parameters="weight bias",
-    saves="input",
+    saves={"weight": "input"},
 )
 def transposed_convolution(captured: Captured) -> dict[str, Factor]:
     """`F.conv_transpose1d` and its kin, whose weight is `(C_in, C_out / groups, *kernel)`."""

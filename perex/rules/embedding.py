@@ -22,7 +22,7 @@ def keep(ids: Tensor, grads: Tensor, padding_idx: int | None, rows: int) -> Tens
     F.embedding,
     arguments="input weight padding_idx max_norm norm_type scale_grad_by_freq sparse",
     parameters="weight",
-    saves="input",
+    saves={"weight": "input"},
 )
 def embedding(captured: Captured) -> dict[str, Factor]:
     """`F.embedding`: every position reads one row."""
@@ -39,7 +39,7 @@ def embedding(captured: Captured) -> dict[str, Factor]:
         "include_last_offset padding_idx"
     ),
     parameters="weight",
-    saves="input weight offsets per_sample_weights",
+    saves={"weight": "input weight offsets per_sample_weights"},
 )
 def embedding_bag(captured: Captured) -> dict[str, Factor]:
     """`F.embedding_bag`: each bag is the sum, mean or maximum of the rows it names.
@@ -54,7 +54,7 @@ def embedding_bag(captured: Captured) -> dict[str, Factor]:
     grads = captured.grads[0]
     assert grads is not None
     mode = captured.option("mode", "mean")
-    if mode == "max":
+    if mode == "max" and ids.shape[1]:
         values = weight[ids].masked_fill(~present.unsqueeze(2), float("-inf"))
         winner = values.max(1)  # (N, d): each output entry reads one position of its bag
         share = torch.zeros_like(values).scatter_(1, winner.indices.unsqueeze(1), 1.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perex.capture.carry import tensors_in
 from perex.factors import Dense, Factor
-from perex.rules.call import Captured, unpack
+from perex.rules.call import Captured, unpack, widen
 from perex.rules.registry import Rule
 
 
@@ -26,14 +26,15 @@ def general(captured: Captured) -> dict[Any, Factor]:
     wanted = list(call.slots)
     rows: dict[int, Tensor] = {}  # what differs between examples, (B, *batch-of-one shape)
     fixed: dict[int, Tensor] = {}
-    for index, tensor in captured.tensors.items():
+    for index, kept in captured.tensors.items():
+        tensor = widen(kept)
         axis = call.axes[index] or call.rows.get(index)
         if axis is None:
             fixed[index] = tensor
         else:
             rows[index] = axis.rows(tensor, batch)
     outputs = [k for k, grad in enumerate(captured.grads) if grad is not None]
-    grads = [call.out_axes[k].rows(captured.grads[k], batch) for k in outputs]
+    grads = [call.out_axes[k].rows(grad, batch) for k, grad in enumerate(captured.grads) if grad is not None]
 
     def pulled_back(own: dict[int, Tensor], own_grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The gradients of one example, from its rows and its output gradients."""
@@ -45,7 +46,7 @@ def general(captured: Captured) -> dict[Any, Factor]:
             return tuple(produced[k] for k in outputs)
 
         inputs = [own[i] if i in own else fixed[i] for i in wanted]
-        produced, vjp = torch.func.vjp(operator, *inputs)
+        produced, vjp = torch.func.vjp(operator, *inputs)[:2]
         return vjp(tuple(g.to(y.dtype) for g, y in zip(own_grads, produced, strict=True)))
 
     try:
@@ -54,9 +55,7 @@ def general(captured: Captured) -> dict[Any, Factor]:
             warnings.filterwarnings("ignore", "There is a performance drop")
             found = torch.func.vmap(pulled_back)(rows, grads)
     except (RuntimeError, ValueError, NotImplementedError):
-        each = [
-            pulled_back({i: r[b] for i, r in rows.items()}, [g[b] for g in grads]) for b in range(batch)
-        ]
+        each = [pulled_back({i: r[b] for i, r in rows.items()}, [g[b] for g in grads]) for b in range(batch)]
         found = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
     factors: dict[Any, Factor] = {}
     for index, values in zip(wanted, found, strict=True):
@@ -65,4 +64,4 @@ def general(captured: Captured) -> dict[Any, Factor]:
     return factors
 
 
-GENERAL = Rule("general", (), frozenset(), frozenset(), general)
+GENERAL = Rule("general", (), frozenset(), {}, general)

@@ -22,7 +22,7 @@ def summed(rows: Tensor, shape: torch.Size) -> Tensor:
     return rows.sum(between) if between else rows
 
 
-@operator_rule(F.linear, arguments="input weight bias", parameters="weight bias", saves="input")
+@operator_rule(F.linear, arguments="input weight bias", parameters="weight bias", saves={"weight": "input"})
 def linear(captured: Captured) -> dict[str, Factor]:
     r"""`F.linear`: $W$ is `(d_out, d_in)`, and the bias's gradient is $\sum_t g_{bt}$."""
     grad = positions(captured.grad)
@@ -47,7 +47,7 @@ def linear(captured: Captured) -> dict[str, Factor]:
     Tensor.__matmul__,
     arguments="input other",
     parameters="other",
-    saves="input",
+    saves={"other": "input"},
     applies=lambda tensors: tensors["other"].dim() == 2 and tensors["input"].dim() >= 2,
 )
 def matmul(captured: Captured) -> dict[str, Factor]:
@@ -61,7 +61,7 @@ def matmul(captured: Captured) -> dict[str, Factor]:
     Tensor.addmm,
     arguments="input mat1 mat2",
     parameters="input mat2",
-    saves="mat1",
+    saves={"mat2": "mat1"},
     applies=lambda tensors: tensors["input"].dim() == 1,
 )
 def addmm(captured: Captured) -> dict[str, Factor]:
@@ -79,7 +79,7 @@ def addmm(captured: Captured) -> dict[str, Factor]:
     F.bilinear,
     arguments="input1 input2 weight bias",
     parameters="weight bias",
-    saves="input1 input2",
+    saves={"weight": "input1 input2"},
 )
 def bilinear(captured: Captured) -> dict[str, Factor]:
     r"""$y_{to} = x_t^\top W_o z_t$: an outer product of $g_t$ with $x_t z_t^\top$."""

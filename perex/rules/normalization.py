@@ -3,6 +3,8 @@ r"""Norm layers and slopes: $y = w \hat{x} + b$, so the gradients are $\sum g \h
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,12 +16,12 @@ from perex.rules.linear import summed
 from perex.rules.registry import operator_rule
 
 
-def affine(captured: Captured, normalized: Tensor | None, trailing: bool) -> dict[str, Factor]:
+def affine(captured: Captured, normalize: Callable[[Tensor, float], Tensor], trailing: bool) -> dict[str, Factor]:
     r"""The two sums, over every dimension that the weight does not have.
 
     Args:
         captured: the call.
-        normalized: $\hat{x}$ in the layout of the output, or None where the weight is not wanted.
+        normalize: makes $\hat{x}$, in the layout of the output, from the input and `eps`.
         trailing: whether the weight spans the last dimensions (layer norm) or dimension 1 (all others).
     """
     grad = captured.grads[0]
@@ -31,7 +33,8 @@ def affine(captured: Captured, normalized: Tensor | None, trailing: bool) -> dic
         return Dense(summed(rows if trailing else rows.movedim(2, -1), shape))
 
     factors: dict[str, Factor] = {}
-    if captured.wants("weight") and normalized is not None:
+    if captured.wants("weight"):
+        normalized = normalize(captured.value("input"), captured.option("eps", 1e-5))
         factors["weight"] = by_example(grad * normalized, captured.shape("weight"))
     if captured.wants("bias"):
         factors["bias"] = by_example(grad, captured.shape("bias"))
@@ -42,66 +45,62 @@ def affine(captured: Captured, normalized: Tensor | None, trailing: bool) -> dic
     F.layer_norm,
     arguments="input normalized_shape weight bias eps",
     parameters="weight bias",
-    saves="input",
+    saves={"weight": "input"},
 )
 def layer_norm(captured: Captured) -> dict[str, Factor]:
     """Over the last dimensions, with a weight for each of their entries."""
-    x, shape = captured.value("input"), captured.value("normalized_shape")
-    return affine(captured, F.layer_norm(x, shape, eps=captured.option("eps", 1e-5)), trailing=True)
+    shape = captured.value("normalized_shape")
+    return affine(captured, lambda x, eps: F.layer_norm(x, shape, eps=eps), trailing=True)
 
 
 @operator_rule(
     F.rms_norm,
     arguments="input normalized_shape weight eps",
     parameters="weight",
-    saves="input",
+    saves={"weight": "input"},
 )
 def rms_norm(captured: Captured) -> dict[str, Factor]:
     """Layer norm without centring and bias; the default `eps` is that of the input's own type."""
-    x, shape = captured.value("input"), captured.value("normalized_shape")
-    eps = captured.option("eps", None)
-    if eps is None:
-        index = captured.call.template("input").index
-        eps = torch.finfo(captured.tensors[index].dtype).eps
-    return affine(captured, F.rms_norm(x, shape, eps=eps), trailing=True)
+    shape, given = captured.value("normalized_shape"), captured.option("eps", None)
+    index = captured.call.template("input").number
+    own = torch.finfo(captured.tensors[index].dtype).eps if given is None else given
+    return affine(captured, lambda x, eps: F.rms_norm(x, shape, eps=own), trailing=True)
 
 
 @operator_rule(
     F.group_norm,
     arguments="input num_groups weight bias eps",
     parameters="weight bias",
-    saves="input",
+    saves={"weight": "input"},
 )
 def group_norm(captured: Captured) -> dict[str, Factor]:
     """Over groups of channels, with a weight for each channel."""
-    x, groups = captured.value("input"), captured.value("num_groups")
-    return affine(captured, F.group_norm(x, groups, eps=captured.option("eps", 1e-5)), trailing=False)
+    groups = captured.value("num_groups")
+    return affine(captured, lambda x, eps: F.group_norm(x, groups, eps=eps), trailing=False)
 
 
 @operator_rule(
     F.instance_norm,
     arguments="input running_mean running_var weight bias use_input_stats momentum eps",
     parameters="weight bias",
-    saves="input running_mean running_var",
+    saves={"weight": "input running_mean running_var"},
 )
 def instance_norm(captured: Captured) -> dict[str, Factor]:
     """Over each image and channel, or with running statistics."""
-    x, eps = captured.value("input"), captured.option("eps", 1e-5)
     if captured.option("use_input_stats", True):
-        return affine(captured, F.instance_norm(x, eps=eps), trailing=False)
-    return affine(captured, with_running_statistics(captured, x, eps), trailing=False)
+        return affine(captured, lambda x, eps: F.instance_norm(x, eps=eps), trailing=False)
+    return affine(captured, partial(with_running_statistics, captured), trailing=False)
 
 
 @operator_rule(
     F.batch_norm,
     arguments="input running_mean running_var weight bias training momentum eps",
     parameters="weight bias",
-    saves="input running_mean running_var",
+    saves={"weight": "input running_mean running_var"},
 )
 def batch_norm(captured: Captured) -> dict[str, Factor]:
     """With running statistics; with those of the batch it never gets here."""
-    x, eps = captured.value("input"), captured.option("eps", 1e-5)
-    return affine(captured, with_running_statistics(captured, x, eps), trailing=False)
+    return affine(captured, partial(with_running_statistics, captured), trailing=False)
 
 
 def with_running_statistics(captured: Captured, x: Tensor, eps: float) -> Tensor:
@@ -109,7 +108,9 @@ def with_running_statistics(captured: Captured, x: Tensor, eps: float) -> Tensor
     return F.batch_norm(x, captured.value("running_mean"), captured.value("running_var"), eps=eps)
 
 
-@operator_rule(torch.prelu, F.prelu, Tensor.prelu, arguments="input weight", parameters="weight", saves="input")
+@operator_rule(
+    torch.prelu, F.prelu, Tensor.prelu, arguments="input weight", parameters="weight", saves={"weight": "input"}
+)
 def prelu(captured: Captured) -> dict[str, Factor]:
     r"""$y = x$ above zero and $w x$ below, with one slope or one for each channel of dimension 1."""
     x, weight = captured.value("input"), captured.shape("weight")

@@ -8,7 +8,7 @@ shorter form than that of the operators inside.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,8 @@ class Rule:
         name: what reports call it.
         arguments: the arguments of the operator, or of the module's `forward`, in order.
         parameters: those whose per-example gradients the function returns.
-        saves: those whose values it reads again in the backward.
+        saves: for each parameter, those whose values its gradient needs in the backward; under `""`, those that are
+            needed in any case.
         function: from `Captured` to a factor for each wanted parameter.
         applies: whether it covers a call with these tensors, by argument name.
     """
@@ -36,7 +37,7 @@ class Rule:
     name: str
     arguments: tuple[str, ...]
     parameters: frozenset[str]
-    saves: frozenset[str]
+    saves: Mapping[str, tuple[str, ...]]
     function: RuleFunction
     applies: Callable[[dict[str, Tensor]], bool] = field(default=lambda tensors: True)
 
@@ -49,7 +50,7 @@ def operator_rule(
     *operators: Callable[..., Any],
     arguments: str,
     parameters: str,
-    saves: str = "",
+    saves: Mapping[str, str] | None = None,
     applies: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule for torch operators.
@@ -58,7 +59,8 @@ def operator_rule(
         operators: functions such as `torch.nn.functional.linear`.
         arguments: their arguments in order, separated by spaces.
         parameters: arguments whose per-example gradients the rule returns.
-        saves: arguments whose values it needs in the backward.
+        saves: for a parameter, the arguments whose values its gradient needs, separated by spaces: memory is held
+            for them only while that parameter is tracked.
         applies: a test on the call's tensors; where it fails, the general path is taken.
 
     Raises:
@@ -70,7 +72,7 @@ def operator_rule(
             function.__name__,
             tuple(arguments.split()),
             frozenset(parameters.split()),
-            frozenset(saves.split()),
+            {name: tuple(needed.split()) for name, needed in (saves or {}).items()},
             function,
             applies,
         )
@@ -115,7 +117,7 @@ def module_rule(*classes: type[nn.Module], saves: str = "") -> Callable[[RuleFun
             if cls in MODULES:
                 raise ValueError(f"{cls.__name__} has a rule already: {MODULES[cls].name}")
             names = tuple(inspect.signature(cls.forward).parameters)[1:]
-            MODULES[cls] = Rule(function.__name__, names, frozenset(), frozenset(saves.split()), function)
+            MODULES[cls] = Rule(function.__name__, names, frozenset(), {"": tuple(saves.split())}, function)
         return function
 
     return register
@@ -124,7 +126,7 @@ def module_rule(*classes: type[nn.Module], saves: str = "") -> Callable[[RuleFun
 def module_rule_for(module: nn.Module) -> Rule | None:
     """The rule of the nearest class in the hierarchy, if that class's `forward` is the one that runs."""
     for cls in type(module).__mro__:
-        rule = MODULES.get(cls)
-        if rule is not None:
-            return rule if type(module).forward is cls.forward and "forward" not in vars(module) else None
+        if cls in MODULES:
+            runs = getattr(cls, "forward", None) is type(module).forward and "forward" not in vars(module)
+            return MODULES[cls] if runs else None
     return None

@@ -181,9 +181,7 @@ def _once(groups: Iterable[Iterable[Any]]) -> list[list[int]]:
     fresh_groups = []
     for group in groups:
         try:
-            fresh = [
-                position for position in dict.fromkeys(map(operator.index, group)) if position not in seen
-            ]
+            fresh = [position for position in dict.fromkeys(map(operator.index, group)) if position not in seen]
         except TypeError:
             raise ScoringError(
                 "data: the loader's sampler yields keys, not positions; pass a sampler of positions"

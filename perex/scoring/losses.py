@@ -110,9 +110,7 @@ def _rows(name: str, tree: Any, batch_size: int) -> list[Tensor]:
     """List the tensors in `tree` that have a row for each example; refuse if there is none."""
     found = [leaf for leaf in leaves(tree) if _is_per_example(leaf, batch_size)]
     if not found and any(leaf is not None for leaf in leaves(tree)):
-        raise ScoringError(
-            f"the {name} is {_describe(tree)}, but the batch has {batch_size} examples; {ADVICE}"
-        )
+        raise ScoringError(f"the {name} is {_describe(tree)}, but the batch has {batch_size} examples; {ADVICE}")
     return found
 
 
@@ -150,6 +148,4 @@ def _vmapped(alone: Callable[..., Tensor], rows: list[Tensor]) -> Tensor | None:
 def _same(losses: Tensor, reference: Tensor) -> bool:
     """Tell whether losses `(B,)` agree to rounding; under autocast vmap may compute in another dtype."""
     tolerance = 32 * torch.finfo(reference.dtype).eps
-    return losses.dtype == reference.dtype and torch.allclose(
-        losses, reference, tolerance, tolerance, equal_nan=True
-    )
+    return losses.dtype == reference.dtype and torch.allclose(losses, reference, tolerance, tolerance, equal_nan=True)

@@ -215,9 +215,7 @@ def _names(ids: Any) -> np.ndarray | None:
         return None
     names = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(list(ids))
     if names.ndim != 1 or (names.dtype.kind not in "iuU" and len(names)):
-        raise ScoringError(
-            "ids must be whole numbers or strings, one for each example; try [str(i) for i in ids]"
-        )
+        raise ScoringError("ids must be whole numbers or strings, one for each example; try [str(i) for i in ids]")
     return names
 
 

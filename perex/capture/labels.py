@@ -1,0 +1,157 @@
+"""What is known of each tensor in one forward: batched, shared, lost, or a constant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from perex.capture.axis import Axis, Label, Lost
+from perex.capture.carry import Operation, carry, known, tensors_in
+from perex.capture.parameters import Parameters, Shared, Source
+from perex.rules.registry import OPERATORS
+
+BATCHED, SHARED, LOST, STRANGER, UNTRACKED = 1, 2, 4, 8, 16
+"""Kinds of tensors, as bits; a constant has none. A stranger requires grad and comes from nowhere perex saw; an
+untracked parameter is one that needs its stand-in all the same."""
+
+
+class Labels:
+    """The labels of one forward, kept on the tensors themselves.
+
+    Args:
+        parameters: the model's parameters, which need no label.
+        key: the attribute under which tensors carry their label.
+        number: the forward's number: labels of other forwards do not count.
+        batch: number of examples, B.
+    """
+
+    def __init__(self, parameters: Parameters, key: str, number: int, batch: int) -> None:
+        self.parameters = parameters
+        self.key = key
+        self.number = number
+        self.batch = batch
+        self.foreign: list[Tensor] = []  # tensors that outlive the forward: cleaned when it ends
+
+    def of(self, tensor: Tensor) -> Axis | Lost | Shared | None:
+        """The label of a tensor in this forward."""
+        number, label = getattr(tensor, self.key, (None, None))
+        return label if number == self.number else None
+
+    def batch_label(self, tensor: Tensor) -> Label:
+        """The label, as far as examples are concerned."""
+        label = self.of(tensor)
+        return None if isinstance(label, Shared) else label
+
+    def axis(self, tensor: Tensor) -> Axis | None:
+        """The batch axis of a tensor, if it has one."""
+        label = self.of(tensor)
+        return label if isinstance(label, Axis) else None
+
+    def mark(self, tensor: Tensor, label: Axis | Lost | Shared | None) -> None:
+        """Give a tensor its label."""
+        if label is not None:
+            setattr(tensor, self.key, (self.number, label))
+        elif hasattr(tensor, self.key):
+            delattr(tensor, self.key)
+
+    def mark_foreign(self, tensor: Tensor, label: Axis | Lost | Shared | None) -> None:
+        """Label a tensor that outlives the forward: an input, an output, or a buffer written in place."""
+        self.foreign.append(tensor)
+        self.mark(tensor, label)
+
+    def rewrite(self, tensor: Tensor, label: Axis | Lost | Shared | None) -> None:
+        """Label a tensor that was changed in place, and the tensor that it is a view of."""
+        self.mark_foreign(tensor, label)
+        base = tensor._base
+        if base is not None and label is not None and self.of(base) is None:
+            self.mark_foreign(base, Lost("unknown", "a view of a constant was overwritten with examples"))
+
+    def clean(self) -> None:
+        """Take the labels off tensors that outlive the forward."""
+        for tensor in self.foreign:
+            self.mark(tensor, None)
+        self.foreign.clear()
+
+    def kind(self, tensor: Tensor) -> int:
+        """One of the kinds above, or 0 for a constant."""
+        label = self.of(tensor)
+        if label is not None:
+            return BATCHED if isinstance(label, Axis) else LOST if isinstance(label, Lost) else SHARED
+        entry = self.parameters.entries.get(id(tensor))
+        if entry is not None:
+            return SHARED if entry.tracked else 0 if self.parameters.param_grads else UNTRACKED
+        return STRANGER if tensor.grad_fn is not None else 0
+
+    def source(self, value: Any) -> Source | None:
+        """The tracked parameter, or derived tensor, that an argument is."""
+        if not isinstance(value, Tensor):
+            return None
+        entry = self.parameters.entries.get(id(value))
+        if entry is not None:
+            return entry if entry.tracked else None
+        label = self.of(value)
+        return label if isinstance(label, Shared) else None
+
+    def stand_in(self, value: Any) -> Any:
+        """What an operator gets for an argument that may be a parameter, or derived from some."""
+        if not isinstance(value, Tensor):
+            return value
+        entry = self.parameters.entries.get(id(value))
+        if entry is not None:
+            return self.parameters.read(entry)
+        label = self.of(value)
+        return label.tensor if isinstance(label, Shared) else value
+
+    def of_results(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Label]:
+        """One label for each tensor in the result of an operator."""
+        produced = list(tensors_in(out))
+        if not produced:
+            return []
+        operation = Operation(plain_name(func), args, kwargs, out, self.batch_label, self.batch)
+        if func in OPERATORS and not known(func):  # a user's rule, for an operator that keeps the axis
+            found: Label | list[Label] = next((axis for _, axis in operation.batched()), None)
+        else:
+            found = carry(operation, func)
+        labels = found if isinstance(found, list) else [found] * len(produced)
+        return [self.checked(tensor, label, operation.name) for tensor, label in zip(produced, labels, strict=True)]
+
+    def checked(self, tensor: Tensor, label: Label, name: str) -> Label:
+        """A label, if the tensor has a dimension of the size it says."""
+        if isinstance(label, Axis):
+            fits = 0 <= label.dim < tensor.dim() and tensor.size(label.dim) == label.size(self.batch)
+            if not fits:
+                return Lost("unknown", f"`{name}` has a result of an unexpected shape, {tuple(tensor.shape)}")
+        return label
+
+    def with_trial(self, tensor: Tensor, trial: Axis, func: Any, args: Any, kwargs: Any, out: Any) -> list[Label]:
+        """What the labels of an operator's results would be if `tensor` had the batch axis `trial`."""
+
+        def label(other: Tensor) -> Label:
+            return trial if other is tensor else self.batch_label(other)
+
+        found = carry(Operation(plain_name(func), args, kwargs, out, label, self.batch), func)
+        return found if isinstance(found, list) else [found] * sum(1 for _ in tensors_in(out))
+
+    def written(self, target: Tensor, index: Any, value: Tensor) -> Label:
+        """The label of a tensor after rows of examples, `value`, were written to `target[index]`."""
+        piece = target[index]
+        own, before = self.axis(value), self.batch_label(target)
+        assert own is not None
+        want = own.moved(own.dim - value.dim() + piece.dim())
+        for dim, size in enumerate(target.shape):
+            trial = own.moved(dim)
+            if size != own.size(self.batch) or (before is not None and before != trial):
+                continue
+            if self.with_trial(target, trial, Tensor.__getitem__, (target, index), {}, piece) == [want]:
+                return trial
+        if self.batch == 1 and target.dim():
+            return Axis(0, 1, target.size(0))
+        kind = "unknown" if before is None else "mixed"
+        return Lost(kind, "`__setitem__` writes rows of examples where perex cannot follow them")
+
+
+def plain_name(func: Any) -> str:
+    """An operator's name, without what marks dunder and in-place forms."""
+    name = getattr(func, "__name__", str(func))
+    return name.strip("_") if name.startswith("__") else name.rstrip("_")

@@ -1,0 +1,179 @@
+"""Where parameters meet examples: one operator or module call, recorded for its rule and tapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from perex.capture.axis import Axis, Label
+from perex.capture.checkpoint import run_recomputation_in
+from perex.capture.forward import Forward
+from perex.capture.labels import Labels
+from perex.capture.parameters import Source
+from perex.capture.refusals import Refusals
+from perex.capture.taps import Tap
+from perex.rules.call import Call, Ref, pack, unpack
+from perex.rules.general import GENERAL
+from perex.rules.registry import OPERATORS, Rule
+
+
+class Meeting:
+    """Records and taps calls of one forward.
+
+    Args:
+        forward: the forward that is running.
+        labels: what is known of its tensors.
+        refusals: makes errors.
+        recomputing: makes the context in which a checkpoint of this forward runs again.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        labels: Labels,
+        refusals: Refusals,
+        recomputing: Callable[[tuple[Any, ...]], AbstractContextManager[None]],
+    ) -> None:
+        self.forward = forward
+        self.labels = labels
+        self.refuse = refusals
+        self.recomputing = recomputing
+
+    def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator on parameters and examples, by its rule or on the general path."""
+        tensors: list[Tensor] = []
+        packed_args, packed_kwargs = pack((args, kwargs), tensors)
+        sources = [self.labels.source(tensor) for tensor in tensors]
+        rule = OPERATORS.get(func, GENERAL)
+        slots = None if rule is GENERAL else slots_for(rule, packed_args, packed_kwargs, tensors, sources)
+        if slots is None:
+            rule, slots = GENERAL, {i: source for i, source in enumerate(sources) if source is not None}
+        values = [self.labels.stand_in(tensor) for tensor in tensors]
+        if not self.labels.parameters.param_grads:
+            values = [v if s is None else v.detach() for v, s in zip(values, sources, strict=True)]
+        out = func(*unpack(packed_args, values), **unpack(packed_kwargs, values))
+        out_axes: list[Axis] = []
+        for label in self.labels.of_results(func, args, kwargs, out):
+            self.refuse.mixed(label)
+            if not isinstance(label, Axis):
+                raise self.refuse.lost(label, func)
+            out_axes.append(label)
+        self.refuse.random(func, args, kwargs)
+        call = self.record(func, rule, packed_args, packed_kwargs, tensors, slots, out_axes)
+        if rule is GENERAL:
+            call.kept = list(range(len(tensors)))
+            for index in call.kept:
+                if call.axes[index] is None:
+                    axis = self.aligned_rows(tensors[index], func, args, kwargs, out, out_axes)
+                    if axis is not None:
+                        call.rows[index] = axis
+        return self.tap(call, out, [values[i] if sources[i] is None else values[i].detach() for i in call.kept])
+
+    def module(self, module: nn.Module, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """Tap the output of a module with a rule of its own, which keeps the batch axis of its input."""
+        tensors: list[Tensor] = []
+        packed_args, packed_kwargs = pack((args, kwargs), tensors)
+        axis = next((axis for axis in map(self.labels.axis, tensors) if axis is not None), None)
+        fits = isinstance(out, Tensor) and axis is not None and axis.dim < out.dim()
+        if axis is None or not fits or out.size(axis.dim) != axis.size(self.forward.batch):
+            why = "has a rule of its own, but does not turn examples into one tensor with the same batch axis"
+            raise self.refuse.unsupported(type(module), why)
+        found = {name: self.labels.source(parameter) for name, parameter in module.named_parameters()}
+        slots = {name: source for name, source in found.items() if source is not None}
+        call = self.record(type(module), rule, packed_args, packed_kwargs, tensors, slots, [axis])
+        return self.tap(call, out, [tensors[i] for i in call.kept])
+
+    def record(
+        self,
+        func: Any,
+        rule: Rule,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: Sequence[Tensor],
+        slots: dict[Any, Source],
+        out_axes: list[Axis],
+    ) -> Call:
+        """What the rule will need to know of a call."""
+        call = Call(
+            forward=self.forward,
+            where=self.refuse.where(),
+            func=func,
+            rule=rule,
+            args=args,
+            kwargs=kwargs,
+            axes=[self.labels.axis(tensor) for tensor in tensors],
+            slots=slots,
+            out_axes=out_axes,
+            shapes=[tensor.shape for tensor in tensors],
+        )
+        needed = {name for slot in slots for name in rule.saves.get(slot, ())} | set(rule.saves.get("", ()))
+        saved = (call.template(name) for name in needed)
+        call.kept = sorted({ref.number for ref in saved if isinstance(ref, Ref)})
+        return call
+
+    def tap(self, call: Call, out: Any, saved: list[Tensor]) -> Any:
+        """Put a tap behind the results of a call."""
+        self.forward.entered(call)
+        run_recomputation_in(self.recomputing)
+        produced: list[Tensor] = []
+        template = pack(out, produced)
+        if not produced:  # a named result, as `torch.max` has
+            produced = list(out)
+        tapped = Tap.apply(call, saved, self.forward.sentinel, *produced)
+        for tensor, axis in zip(tapped, call.out_axes, strict=True):
+            self.labels.mark(tensor, axis)
+        return type(out)(tapped) if template is out else unpack(template, tapped)
+
+    def aligned_rows(
+        self,
+        tensor: Tensor,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        out_axes: Sequence[Label],
+    ) -> Axis | None:
+        """The axis of a tensor whose rows are aligned with the examples, though it has no batch axis.
+
+        `token.expand(B, -1, -1)` is derived from a parameter alone, and the first state of an LSTM is constant,
+        yet row b is read by example b. Whether a dimension of the batch's size is such an axis shows when it is
+        labelled as one: the axes of the results stay as they were exactly when the operator matches that
+        dimension with the examples.
+        """
+        for axis in set(out_axes):
+            if isinstance(axis, Axis):
+                for dim, size in enumerate(tensor.shape):
+                    if size == axis.size(self.forward.batch):
+                        trial = axis.moved(dim)
+                        if self.labels.with_trial(tensor, trial, func, args, kwargs, out) == list(out_axes):
+                            return trial
+        return None
+
+
+def slots_for(
+    rule: Rule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tensors: Sequence[Tensor],
+    sources: Sequence[Source | None],
+) -> dict[Any, Source] | None:
+    """The rule's parameters among the arguments, or None where the rule does not cover the call."""
+    if len(args) > len(rule.arguments) or any(name not in rule.arguments for name in kwargs):
+        return None
+    named = {**dict(zip(rule.arguments, args, strict=False)), **kwargs}
+    numbers = {name: ref.number for name, ref in named.items() if isinstance(ref, Ref)}
+    if len(numbers) != len(tensors) or any(tensor.is_complex() for tensor in tensors):
+        return None
+    if not rule.applies({name: tensors[number] for name, number in numbers.items()}):
+        return None
+    slots: dict[Any, Source] = {}
+    for name, number in numbers.items():
+        source = sources[number]
+        if source is not None:
+            if name not in rule.parameters:
+                return None
+            slots[name] = source
+    return slots

@@ -1,0 +1,77 @@
+"""The errors of capture: each names the running module, says why, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from perex.capture.axis import Label, Lost
+from perex.errors import ExamplesMixError, PerexError, UnsupportedError
+
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+class Refusals:
+    """Makes and raises errors that name the running module.
+
+    Args:
+        where: gives its path.
+    """
+
+    def __init__(self, where: Callable[[], str]) -> None:
+        self.where = where
+
+    def place(self) -> str:
+        """The running module, for messages."""
+        return f"module '{self.where()}'" if self.where() else "the model's own forward"
+
+    def mixed(self, label: Label) -> None:
+        """Raise where an operator mixes examples."""
+        if isinstance(label, Lost) and label.kind in ("mixed", "refused"):
+            raise ExamplesMixError(
+                f"In {self.place()}, {label.why}. Examples of a batch must not influence each other, or none has "
+                "a gradient of its own."
+            )
+
+    def taken_out(self, label: Lost, func: Any) -> PerexError:
+        """The error for a number over the batch that leaves torch."""
+        return ExamplesMixError(
+            f"In {self.place()}, {label.why}, and `{func.__name__}` takes the outcome out of torch, where perex "
+            "cannot follow whether it goes back to the examples. Do it outside the model's forward"
+        )
+
+    def lost(self, label: Label, func: Any) -> PerexError:
+        """The error for a parameter that meets rows of which perex lost track."""
+        why = label.why if isinstance(label, Lost) else "its result has no batch axis"
+        kind = ExamplesMixError if isinstance(label, Lost) and label.kind == "reduced" else UnsupportedError
+        name = getattr(func, "__name__", str(func))
+        return kind(
+            f"In {self.place()}, a tracked parameter is used by `{name}` together with a value whose examples "
+            f"perex cannot tell apart: {why}. Leave the parameter out with `params=`, or rewrite that step."
+        )
+
+    def unsupported(self, func: Any, why: str) -> PerexError:
+        """The error for an operator that perex does not follow."""
+        return UnsupportedError(f"In {self.place()}, `{getattr(func, '__name__', func)}` {why}.")
+
+    def stranger(self, func: Any) -> PerexError:
+        """The error for a tensor of unknown origin."""
+        return self.unsupported(
+            func,
+            "reads a tensor that requires grad but comes from code perex cannot see into: a scripted or compiled "
+            "function, a function transform, or something computed outside the model's forward. Compute it in "
+            "plain operators, or detach it",
+        )
+
+    def random(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise where the general path would draw other random numbers than the forward did."""
+        name = getattr(func, "__name__", "")
+        if name in RECURRENT and len(args) == 9 and args[5] > 0 and args[6]:
+            raise self.unsupported(
+                func,
+                "has dropout inside, whose random choice cannot be repeated. Set its dropout to 0, or call "
+                "`.eval()` on the module",
+            )
+        dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+        if name == "rrelu" or name == "scaled_dot_product_attention" and dropout > 0:
+            raise self.unsupported(func, "draws random numbers together with a parameter")
