@@ -1,23 +1,27 @@
 """The speed table of the README: five ways to the gradients or their norms, timed in turn, in float32.
 
-    python benchmarks/readme.py                   the table, a few minutes
-    python benchmarks/readme.py --rounds 1        one round of each
+    OMP_WAIT_POLICY=passive python benchmarks/readme.py    the table, about a minute
+    python benchmarks/readme.py --quick                    a few seconds: small batches, times that mean nothing
 
-Every round runs all five ways once, so that a busy moment of the machine hits all alike; the table has medians.
-The norms of all ways are compared with the loop's first.
+Every round runs all five ways once, so that a busy moment of the machine hits all alike; the table has the medians
+of the times and of their ratios within a round. Threads that sleep while they wait (OMP_WAIT_POLICY) make a busy
+machine's times far steadier. The norms of all ways are compared with the loop's first. Below the table: what
+watching a forward costs for each operator, in time on one core.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import perex
 
@@ -32,7 +36,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, 2))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        mixed = scores.masked_fill(future, float("-inf")).softmax(3) @ v
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
@@ -63,92 +69,136 @@ def cnn() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-Job = tuple[str, nn.Module, Tensor, Tensor]  # name, model, inputs and targets
+Job = tuple[str, nn.Module, Tensor, Tensor, int | None]  # name, model, inputs, targets, vmap's chunk size
+Run = Callable[[], Tensor | None]
+PLAIN = "plain, no norms"
 
 
-def jobs() -> list[Job]:
+def jobs(quick: bool) -> list[Job]:
+    """The models. Each chunk size was the fastest for vmap of 1, 2, 4, ..., 32 and the whole batch."""
     torch.manual_seed(0)
-    ids = torch.randint(2000, (16, 65))
+    many, some, few = (4, 4, 4) if quick else (256, 64, 16)
+    ids = torch.randint(2000, (few, 65))
     return [
-        ("MLP 784-1024-1024-10, batch 256", mlp(), torch.randn(256, 784), torch.randint(10, (256,))),
-        ("3-conv CNN, 32x32, batch 64", cnn(), torch.randn(64, 3, 32, 32), torch.randint(10, (64,))),
-        ("2-layer GPT, d=256, 16 x 64 tokens", GPT(2, 256, 2000, 64), ids[:, :-1], ids[:, 1:]),
+        (f"MLP 784-1024-1024-10, batch {many}", mlp(), torch.randn(many, 784), torch.randint(10, (many,)), 4),
+        (f"CNN, 3 convolutions, batch {some}", cnn(), torch.randn(some, 3, 32, 32), torch.randint(10, (some,)), 16),
+        (f"GPT, 2 layers, d=256, batch {few} x 64 tokens", GPT(2, 256, 2000, 64), ids[:, :-1], ids[:, 1:], None),
     ]
 
 
-def losses_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def losses_of(output: Tensor, y: Tensor) -> Tensor:
     """The loss of each example: (B,)."""
-    losses = F.cross_entropy(model(x), y, reduction="none")
+    losses = F.cross_entropy(output, y, reduction="none")
     return losses if losses.dim() == 1 else losses.mean(1)
 
 
-def ways(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor | None]]:
+def ways(model: nn.Module, x: Tensor, y: Tensor, chunk: int | None) -> dict[str, Run]:
     values = {name: p.detach() for name, p in model.named_parameters()}
     parameters = list(model.parameters())
-    scoring, training = perex.attach, perex.attach
 
     def plain() -> None:
-        losses_of(model, x, y).mean().backward()
+        losses_of(model(x), y).mean().backward()
         model.zero_grad()
 
     def loop() -> Tensor:
         norms = []
-        for i in range(len(x)):
-            gradients = torch.autograd.grad(losses_of(model, x[i : i + 1], y[i : i + 1]).sum(), parameters)
+        for image, label in zip(x.split(1), y.split(1), strict=True):
+            gradients = torch.autograd.grad(losses_of(model(image), label).sum(), parameters)
             norms.append(torch.stack([g.square().sum() for g in gradients]).sum().sqrt())
         return torch.stack(norms)
 
     def loss_of_one(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        losses = F.cross_entropy(functional_call(model, values, (x[None],)), y[None])
-        return losses
+        return losses_of(functional_call(model, values, (x[None],)), y[None]).sum()
 
-    of_each = vmap(grad(loss_of_one), in_dims=(None, 0, 0))
-
-    def mapped() -> Tensor:
-        gradients = of_each(values, x, y).values()
-        return torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+    def norm_of_one(x: Tensor, y: Tensor) -> Tensor:
+        gradients = grad(loss_of_one)(values, x, y).values()
+        return torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
 
     def attached(param_grads: bool) -> Tensor:
         with perex.attach(model, param_grads=param_grads) as px:
-            px.backward(losses_of(model, x, y))
-            norms = px.norms()
+            px.backward(losses_of(model(x), y))
         model.zero_grad()
-        return norms
+        return px.norms()  # type: ignore[return-value]
 
     return {
-        "plain backward, no norms": plain,
+        PLAIN: plain,
         "loop": loop,
-        "torch.func.vmap": mapped,
+        "torch.func.vmap": lambda: vmap(norm_of_one, chunk_size=chunk)(x, y),
         "perex, param_grads=False": lambda: attached(False),
-        "perex, with .grad too": lambda: attached(True),
+        "perex, with .grad": lambda: attached(True),
     }
 
 
-def medians(runs: dict[str, Callable[[], Tensor | None]], rounds: int) -> dict[str, float]:
+def timed(runs: dict[str, Run], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of each way, round by round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(clock() - start)
+    return times
+
+
+def table(job: Job, rounds: int) -> None:
+    name, model, x, y, chunk = job
+    runs = ways(model, x, y, chunk)
+    found = {way: norms for way, run in runs.items() if (norms := run()) is not None}  # and everything is warm
+    for norms in found.values():
+        torch.testing.assert_close(norms, found["loop"], rtol=1e-3, atol=0)
+    print(f"\n{name}")
+    times = timed(runs, rounds, time.perf_counter)
+    for way, taken in times.items():
+        ratio = median(t / plain for t, plain in zip(taken, times[PLAIN], strict=True))
+        print(f"  {way:<26}{1000 * median(taken):9,.0f} ms{ratio:8.2f}x")
+
+
+class Counter(TorchFunctionMode):
+    """Counts operators."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def overhead(rounds: int) -> None:
+    """What being watched adds to a forward of twelve layers, for one operator."""
+    model, threads = GPT(12, 256, 2000, 64), torch.get_num_threads()
+    torch.set_num_threads(1)
+    print("\nA watched forward, GPT, 12 layers, d=256")
+    for batch, tokens in ((1, 8), (8, 64)):
+        ids = torch.randint(2000, (batch, tokens))
+        with Counter() as counter:
+            model(ids)
+
+        times: dict[str, list[float]] = {"plain": [], "one": [], "all": []}
+        for _ in range(rounds):
+            times["plain"] += timed({"": lambda ids=ids: model(ids)}, 1, time.process_time)[""]
+            for name, params in (("one", ["norm.weight"]), ("all", None)):
+                with perex.attach(model, params=params, param_grads=False) as px:
+                    times[name] += timed({"": lambda ids=ids: model(ids)}, 1, time.process_time)[""]
+        plain, one, everything = map(median, times.values())
+        each, light = (1e6 * (watched - plain) / counter.count for watched in (everything, one))
+        print(
+            f"  {batch} x {tokens} tokens: {1000 * plain:.1f} ms, watched {1000 * everything:.1f} ms; {counter.count} "
+            f"operators, {len(px.report().rows)} with parameters\n"
+            f"    {each:.0f} microseconds an operator; {light:.0f} if one parameter is tracked"
+        )
+    torch.set_num_threads(threads)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The speed table of the README.")
-    parser.add_argument("--rounds", type=int, default=9, help="each way is timed this often")
-    rounds = parser.parse_args(arguments).rounds
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU cores; median of {rounds} rounds, in milliseconds")
-    for name, model, x, y in jobs():
-        runs = ways(model, x, y)
-        found = {way: run() for way, run in runs.items()}  # warms up, too
-        for way, norms in found.items():
-            if norms is not None:
-                torch.testing.assert_close(norms, found["loop"], rtol=1e-3, atol=0, msg=lambda m, way=way: f"{way}: {m}")
-        times = medians(runs, rounds)
-        print(f"\n{name}")
-        for way, taken in times.items():
-            print(f"  {way:<26}{1000 * taken:9.1f}{taken / times['plain backward, no norms']:8.2f}x")
+    parser.add_argument("--rounds", type=int, default=7, help="each way is timed this often")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, times that mean nothing")
+    options = parser.parse_args(arguments)
+    rounds = 1 if options.quick else options.rounds
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU cores, medians of {rounds} rounds")
+    for job in jobs(options.quick):
+        table(job, rounds)
+    overhead(1 if options.quick else 30)
 
 
 if __name__ == "__main__":

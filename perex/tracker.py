@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from perex.audit import check_losses
 from perex.capture.forward import Forward
 from perex.capture.parameters import Entry, Selection, Shared, pull_back
 from perex.capture.session import Session
@@ -31,6 +32,7 @@ def attach(
     batch_dim: int = 0,
     param_grads: bool = True,
     forwards: Literal["same", "further"] | None = None,
+    audit: bool = True,
 ) -> Tracker:
     r"""Attach perex to a model, to read per-example gradient norms after a backward.
 
@@ -48,6 +50,9 @@ def attach(
             never computed: the fastest way when only statistics are wanted.
         forwards: what several forwards before one backward hold: the `"same"` examples, as the two sides of
             a siamese network, or `"further"` ones. None refuses what it cannot know.
+
+        audit: whether `px.backward(losses)` checks that each loss depends on its own example's outputs alone, for
+            losses and outputs of shapes that are new.
 
     Returns:
         A `Tracker`, which is also a context manager that detaches on exit.
@@ -73,7 +78,7 @@ def attach(
     for quantity in quantities:
         if not isinstance(quantity, Quantity):
             raise AttachError(f"{quantity!r} is no perex.Quantity; parameters are chosen with `params=`")
-    return Tracker(model, quantities, params, loss_reduction, batch_dim, param_grads, forwards)
+    return Tracker(model, quantities, params, loss_reduction, batch_dim, param_grads, forwards, audit)
 
 
 class Tracker:
@@ -88,12 +93,15 @@ class Tracker:
         batch_dim: int,
         param_grads: bool,
         forwards: Literal["same", "further"] | None,
+        audit: bool,
     ) -> None:
         self._quantities: list[Quantity] = [SquaredNorms(), *quantities]
         self._mean = loss_reduction == "mean"
         self._scale: float | None = None
         self._param_grads = param_grads
         self._relation = forwards
+        self._audit = audit
+        self._audited: set[tuple[object, ...]] = set()
         self._latest: Forward | None = None
         self._pending: list[weakref.ref[Forward]] = []
         self._result: Result | None = None
@@ -136,6 +144,7 @@ class Tracker:
 
         Raises:
             LossError: `losses` is not one number an example.
+            ExamplesMixError: a loss depends on other examples' outputs.
             NotReadyError: the model has not been called.
         """
         if not isinstance(losses, Tensor) or losses.dim() != 1:
@@ -157,12 +166,21 @@ class Tracker:
             )
         if not losses.requires_grad:
             raise LossError("losses: they do not depend on any tracked parameter, or were computed under no_grad")
+        self._audit_losses(losses, forwards[-1].batch)
         weight = 1 / count if self._mean and count else 1.0
         self._losses, self._scale = count, 1 / weight
         try:
             losses.backward(torch.full_like(losses, weight))
         finally:
             self._losses, self._scale = None, None
+
+    def _audit_losses(self, losses: Tensor, batch: int) -> None:
+        """Check that losses do not mix examples, when losses and outputs of these shapes are new."""
+        edges, self._session.edges = self._session.edges, []
+        shapes = len(losses), tuple(edge.node.name() for edge, _ in edges), tuple(axis for _, axis in edges)
+        if self._audit and shapes not in self._audited:
+            check_losses(losses, edges, batch)
+            self._audited.add(shapes)
 
     def norms(self, by: By | None = None) -> Tensor | dict[str, Tensor]:
         r"""Per-example gradient norms $\|\partial \ell_b / \partial \theta\|$ of the last backward.
@@ -260,29 +278,13 @@ class Tracker:
                 else:
                     result.add(forward, source, factor)
 
-    def escaped(self, forward: Forward, names: str) -> None:
-        """A gradient came from an unseen use of a derived tensor."""
-        self._open(None).refuse(
-            UnsupportedError(
-                f"a tensor derived from {names} got a gradient from a use that perex did not see: it was returned by "
-                "the model or kept, and used outside its forward, or in code perex cannot see into. Use it inside "
-                "the model's forward, or leave these parameters out with `params=`"
-            )
-        )
-
-    def differentiated_twice(self, forward: Forward, where: str) -> None:
-        """A gradient came through a gradient."""
-        self._open(forward).refuse(
-            UnsupportedError(
-                f"the loss contains a gradient that went through module '{where}' (a gradient penalty, or a force): "
-                "parameters are used in the backward itself then, where perex does not see them"
-            )
-        )
+    def refuse(self, error: PerexError) -> None:
+        """The running backward's numbers would be wrong: keep the reason for whoever reads them."""
+        self._open(None).refuse(error)
 
     def _untapped(self, name: str) -> None:
         """A gradient reached a parameter from an unseen use."""
-        result = self._open(None)
-        result.refuse(
+        self.refuse(
             UnsupportedError(
                 f"parameter '{name}' got a gradient from a use that perex did not see: outside the model's forward "
                 "(a penalty added to the loss, say), in a forward before perex was attached, or in compiled or "
@@ -307,6 +309,7 @@ class Tracker:
         torch.autograd.Variable._execution_engine.queue_callback(result.finish)
         self._pending = []
         self._session.fresh = True
+        self._session.edges = []
         if forward is not None and not will_run(forward.sentinel):
             aliases = [entry.stand_in for entry in forward.uses if entry.stand_in is not None]
             if not self._param_grads or not all(map(will_run, aliases)):

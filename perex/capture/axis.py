@@ -72,9 +72,9 @@ class Axis(NamedTuple):
 class Lost(NamedTuple):
     """The examples can no longer be told apart in a tensor.
 
-    `kind` is `"reduced"` (summed over the batch, as a loss is), `"mixed"` (a row depends on several
-    examples), `"unknown"` (perex does not know how the operator arranges examples) or `"refused"` (mixed by
-    a setting of a layer, which is refused for a batch of one too).
+    `kind` is `"reduced"` (a sum over the batch, as a loss is), `"bent"` (another function of several examples, which
+    is no sum of losses), `"mixed"` (a row depends on several examples), `"unknown"` (perex does not know how the
+    operator arranges examples) or `"refused"` (mixed by a setting of a layer, and refused for a batch of one too).
     """
 
     kind: str

@@ -75,6 +75,10 @@ class Operation:
         """The label of a result that sums over the batch."""
         return Lost("reduced", f"`{self.name}` reduces the batch axis")
 
+    def bent(self, how: str) -> Lost:
+        """The label of a value over the batch that is no sum of the examples' own."""
+        return Lost("bent", f"`{self.name}` {how}")
+
     def contracted(self) -> Lost:
         """The label of a product that sums over the batch: a loss if a number, and a mixture otherwise."""
         return self.mixed("sums over the batch") if result_tensor(self).dim() else self.reduced()
@@ -125,14 +129,36 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
     if operation.batch == 1 and (batched or lost is not None or getattr(handler, "decides", False)):
         return alone(operation, handler, lost)
     if lost is not None:
-        if lost.kind == "reduced" and batched:
+        if lost.kind in ("reduced", "bent") and batched:
             return Lost("mixed", f"{lost.why}, and `{operation.name}` gives the outcome back to every example")
+        if lost.kind == "reduced" and not keeps_sums(operation):
+            return Lost("bent", f"{lost.why}, and `{operation.name}` makes of the outcome what is no sum over examples")
         return lost
     if not batched and not getattr(handler, "decides", False):
         return None
     if handler is None:
         return operation.unknown("is an operator perex does not know")
     return handler(operation)
+
+
+LINEAR = frozenset(
+    """
+    add sub subtract rsub neg negative clone contiguous to type type_as float double half bfloat16 detach view reshape
+    flatten squeeze unsqueeze expand expand_as repeat sum mean stack cat getitem select unbind requires_grad sum_to_size
+    zeros_like ones_like empty_like full_like transpose permute t
+    """.split()
+)
+"""Operators that turn sums over the batch into sums over the batch."""
+
+
+def keeps_sums(operation: Operation) -> bool:
+    """Whether an operator is linear in arguments that are sums over the batch."""
+    sums = [isinstance(operation.labels(tensor), Lost) for tensor in operation.tensors()]
+    if operation.name in ("mul", "multiply", "rmul"):
+        return sum(sums) == 1
+    if operation.name in ("div", "divide", "true_divide", "truediv"):
+        return sums[0] and sum(sums) == 1
+    return operation.name in LINEAR
 
 
 def alone(operation: Operation, handler: Handler | None, lost: Lost | None) -> Label | list[Label]:

@@ -67,7 +67,7 @@ def over(op: Operation, dims: list[int], keepdim: bool) -> Label:
     if others:
         return op.unknown()
     if axis.dim in dims:
-        return op.reduced()
+        return op.reduced() if op.name in ("sum", "mean", "nansum") else op.bent("reduces the batch axis")
     return axis if keepdim else axis.moved(axis.dim - sum(d < axis.dim for d in dims))
 
 
@@ -483,9 +483,24 @@ def row_loss(op: Operation) -> Label:
     axes = {axis for _, axis in op.batched()}
     axis = axes.pop()
     if op.kwargs.get("reduction") != "none":
-        return op.reduced()
+        return uneven(op, axis) or op.reduced()
     inputs = [op.arg(i, name) for i, name in enumerate(("input", "target", "negative"))]
     return axis if not axes and axis.dim == 0 and op.only(*inputs) else op.unknown()
+
+
+def uneven(op: Operation, axis: Axis) -> Label:
+    """A mean over targets that are not as many, or as heavy, in each example is no mean of the examples' losses."""
+    target = op.arg(1, "target")
+    if op.name not in ("cross_entropy", "nll_loss") or op.kwargs.get("reduction", "mean") != "mean":
+        return None
+    if op.arg(2, "weight") is not None:
+        return op.bent("averages over the batch by class weights, so an example's share depends on the others' classes")
+    if target.is_floating_point() or op.axis(target) != axis:
+        return None
+    counted = axis.front(target != op.kwargs.get("ignore_index", -100), op.batch).reshape(op.batch, -1).sum(1)
+    if counted.numel() and bool((counted != counted[0]).any()):
+        return op.bent("averages over the batch's targets, of which examples have different numbers (some are ignored)")
+    return None
 
 
 @family("lstm gru rnn_tanh rnn_relu")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from perex.capture.parameters import Entry, Shared, Source
+from perex.errors import PerexError
 
 if TYPE_CHECKING:
     from perex.rules.call import Call
@@ -23,11 +24,8 @@ class Receiver(Protocol):
     def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """An output gradient of a call has arrived."""
 
-    def escaped(self, forward: Forward, names: str) -> None:
-        """A gradient came from a use of a derived tensor that perex did not see."""
-
-    def differentiated_twice(self, forward: Forward, where: str) -> None:
-        """A gradient came through a gradient."""
+    def refuse(self, error: PerexError) -> None:
+        """The running backward shows that its numbers would be wrong."""
 
 
 class Forward:
@@ -77,10 +75,6 @@ class Forward:
         """Hand on what a tap got."""
         self.receiver.receive(call, saved, grads)
 
-    def escaped(self, names: str) -> None:
-        """Hand on what a guard got."""
-        self.receiver.escaped(self, names)
-
-    def differentiated_twice(self, where: str) -> None:
-        """Hand on what a differentiated gradient got."""
-        self.receiver.differentiated_twice(self, where)
+    def refuse(self, error: PerexError) -> None:
+        """Hand on why the running backward's numbers would be wrong."""
+        self.receiver.refuse(error)

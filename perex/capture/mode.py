@@ -111,6 +111,8 @@ class Capture(TorchFunctionMode):
         for tensor, label in zip(tensors_in(out), self.labels.of_results(func, args, kwargs, out), strict=True):
             if torch.is_grad_enabled():
                 self.refuse.mixed(label)
+                if isinstance(label, Lost) and label.kind == "bent" and tensor.requires_grad:
+                    tensor.register_hook(self.refuse.when_differentiated(self.forward, label))
             if not (in_place(func) and tensor is args[0]):
                 self.labels.mark(tensor, label)
             elif label != before:

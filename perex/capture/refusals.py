@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from perex.capture.axis import Label, Lost
+from perex.capture.forward import Forward
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
 
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -39,6 +42,14 @@ class Refusals:
             f"In {self.place()}, {label.why}, and `{func.__name__}` takes the outcome out of torch, where perex "
             "cannot follow whether it goes back to the examples. Do it outside the model's forward"
         )
+
+    def when_differentiated(self, forward: Forward, label: Lost) -> Callable[[Tensor], None]:
+        """A hook for a value over the batch that is no sum of losses: an error if a loss is made of it."""
+        error = ExamplesMixError(
+            f"In {self.place()}, {label.why}. The loss depends on it, so it is no sum or mean of a loss of each "
+            "example: compute one loss an example, and run `px.backward(losses)`"
+        )
+        return lambda grad: forward.refuse(error)
 
     def lost(self, label: Label, func: Any) -> PerexError:
         """The error for a parameter that meets rows of which perex lost track."""

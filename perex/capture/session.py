@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from perex.capture.axis import Axis, Lost
 from perex.capture.forward import Forward, Receiver
@@ -84,6 +85,7 @@ class Session:
         self.running = False
         self.forwards = 0
         self.outputs: list[tuple[weakref.ref[Tensor], Axis | Lost]] = []  # of the latest forward
+        self.edges: list[tuple[GradientEdge, Axis]] = []  # the same in the graph, until a backward or forward begins
         self.fresh = False  # whether a backward came since the stand-ins were made
         self.parameters = Parameters(model, params, param_grads, untapped)
         try:
@@ -142,6 +144,7 @@ class Session:
             return False
         recomputed = torch._C._current_graph_task_id() != -1
         capture = self.capture
+        self.edges = []
         outputs = {id(t): label for ref, label in self.outputs if (t := ref()) is not None}
         goes_on = capture is not None and not self.fresh and not recomputed and any(id(t) in outputs for t in inputs)
         if not goes_on:
@@ -226,13 +229,19 @@ class Session:
 
     def take_outputs(self, capture: Capture, out: Any) -> None:
         """Remember where the examples are in the outputs; refuse those in which they are mixed, or may be."""
-        self.outputs = []
+        self.outputs, self.edges = [], []
         for tensor in tensors_of(out):
             label = capture.labels.of(tensor)
+            if isinstance(label, Axis) and tensor.requires_grad:
+                self.edges.append((get_gradient_edge(tensor), label))
             if isinstance(label, (Axis, Lost)):
                 self.outputs.append((weakref.ref(tensor), label))
                 capture.labels.foreign.append(tensor)
-            if isinstance(label, Lost) and label.kind != "reduced" and tensor.requires_grad:
+            if not isinstance(label, Lost) or not tensor.requires_grad:
+                continue
+            if label.kind == "reduced" and tensor.dim():
+                tensor.register_hook(capture.refuse.when_differentiated(capture.forward, label))
+            if label.kind in ("mixed", "unknown", "refused"):
                 raise UnsupportedError(
                     f"perex cannot tell the examples apart in an output of the model: {label.why}. "
                     "Rewrite that step, or do it outside the model's forward"
@@ -245,6 +254,7 @@ class Session:
         self.undo = []
         self.parameters.release()
         if self.capture is not None:
+            self.edges = []
             self.capture.active = False
             self.capture.labels.clean()
             self.capture = None

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from perex.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from perex.capture.forward import Entry, Forward
     from perex.rules.call import Call
@@ -65,7 +67,12 @@ class Second(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
         """Report, and pass the gradient on."""
-        ctx.call.forward.differentiated_twice(ctx.call.where)
+        ctx.call.forward.refuse(
+            UnsupportedError(
+                f"the loss contains a gradient that went through module '{ctx.call.where}' (a gradient penalty, or a "
+                "force): parameters are used in the backward itself then, where perex does not see them"
+            )
+        )
         return None, None, grad
 
 
@@ -110,7 +117,13 @@ class Guard(torch.autograd.Function):
         """Report the use; pass the gradient on where the user wants gradients."""
         forward, names, passes = ctx.found
         if grad is not None:
-            forward.escaped(names)
+            forward.refuse(
+                UnsupportedError(
+                    f"a tensor derived from {names} got a gradient from a use that perex did not see: it was returned "
+                    "by the model or kept, and used outside its forward, or in code perex cannot see into. Use it "
+                    "inside the model's forward, or leave these parameters out with `params=`"
+                )
+            )
         return None, None, None, grad if passes else None
 
 

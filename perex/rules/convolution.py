@@ -2,6 +2,8 @@ r"""Convolutions: $G_b = \sum_p g_{bp} u_{bp}^\top$, with $u_{bp}$ the patch und
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,13 +23,14 @@ def spread(value: int | tuple[int, ...], spatial: int) -> tuple[int, ...]:
     return (value,) * spatial if isinstance(value, int) else tuple(value) * (spatial if len(value) == 1 else 1)
 
 
-def factors_of(captured: Captured, x: Tensor, geometry: Geometry) -> dict[str, Factor]:
-    """The weight's patches and the bias's sum over rows and positions."""
+def factors_of(captured: Captured, geometry: Geometry, pad: Sequence[int] = ()) -> dict[str, Factor]:
+    """The weight's patches, of the input after `F.pad`, and the bias's sum over rows and positions."""
     spatial = len(geometry.stride)
     grad = images(captured.grad, spatial)  # (B, R, C_out, *spatial)
     factors: dict[str, Factor] = {}
     if captured.wants("weight"):
-        factors["weight"] = Patches(x, grad, geometry)
+        x = images(captured.examples("input"), spatial)
+        factors["weight"] = Patches(F.pad(x, list(pad)) if pad else x, grad, geometry)
     if captured.wants("bias"):
         factors["bias"] = Dense(grad.flatten(3).sum((1, 3)))
     return factors
@@ -45,17 +48,17 @@ def convolution(captured: Captured) -> dict[str, Factor]:
     """`F.conv1d`, `F.conv2d`, `F.conv3d`, with padding as numbers or by name."""
     weight = captured.shape("weight")
     spatial = len(weight) - 2
-    x = images(captured.examples("input"), spatial)
     dilation = spread(captured.option("dilation", 1), spatial)
     padding = captured.option("padding", 0)
+    sides: list[int] = []
     if padding == "same":  # as torch does: one more on the right where the total is odd
         totals = [d * (k - 1) for d, k in zip(dilation, weight[2:], strict=True)]
-        x = F.pad(x, [side for total in reversed(totals) for side in (total // 2, total - total // 2)])
+        sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
     numbers = (0,) * spatial if isinstance(padding, str) else spread(padding, spatial)
     stride = spread(captured.option("stride", 1), spatial)
     groups = captured.option("groups", 1)
     geometry = Geometry(weight, stride, numbers, dilation, False, (0,) * spatial, groups)
-    return factors_of(captured, x, geometry)
+    return factors_of(captured, geometry, sides)
 
 
 @operator_rule(
@@ -75,4 +78,4 @@ def transposed_convolution(captured: Captured) -> dict[str, Factor]:
         for name, default in (("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1))
     )
     geometry = Geometry(weight, stride, padding, dilation, True, output_padding, captured.option("groups", 1))
-    return factors_of(captured, images(captured.examples("input"), spatial), geometry)
+    return factors_of(captured, geometry)

@@ -1,0 +1,59 @@
+"""Is every loss one example's own? A check of losses against the model's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from perex.capture.axis import Axis
+from perex.errors import ExamplesMixError
+
+
+def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Axis]], batch: int) -> None:
+    r"""Raise if a loss depends on the outputs of other examples than its own.
+
+    With weights $w_i$ on the losses, row $o_j$ of an output gets $\sum_i w_i \, \partial \ell_i / \partial o_j$. If
+    only $i = j$ contributes, that is $w_j$ times what weights of one give. Round $k$ takes two to the power of digit $k$ of
+    $i$, so any two examples have different weights in some round, and multiplying is exact in floating point. Only the
+    operators between outputs and losses run, once a round: once or twice, with digits from 0 to 31.
+
+    Args:
+        losses: `(N,)`, one loss an example; N is the batch, or a multiple of it with further forwards.
+        outputs: where the model's outputs are in the graph, and their batch axes.
+        batch: number of examples in the outputs, B.
+
+    Raises:
+        ExamplesMixError: a loss depends on other examples.
+    """
+    edges = [edge for edge, _ in outputs]
+    if not edges or len(losses) != batch or batch < 2:
+        return
+    numbers = torch.arange(batch, device=losses.device)
+    plain = pulled(losses, edges, torch.ones_like(losses))
+    half = any(grad is not None and grad.dtype.itemsize < 4 for grad in plain)
+    bits = 1 if half or losses.dtype.itemsize < 4 else 5  # of a digit: half precision has no room for more
+    for shift in range(0, (batch - 1).bit_length(), bits):
+        weights = 2 ** (numbers >> shift & (2**bits - 1))
+        for grad, once, (_, axis) in zip(pulled(losses, edges, weights.to(losses)), plain, outputs, strict=True):
+            if grad is None or once is None or grad.numel() == 0:
+                continue
+            found = axis.front(grad, batch).reshape(batch, -1)
+            expected = axis.front(once, batch).reshape(batch, -1) * weights.to(once).unsqueeze(1)
+            slack = 8 * torch.finfo(found.dtype).eps * expected.abs().amax(1, keepdim=True).nan_to_num()
+            close = (found - expected).abs() <= slack
+            same = close | (found == expected) | (found.isnan() & expected.isnan())
+            if not bool(same.all()):
+                example = int((~same).any(1).nonzero()[0])
+                raise ExamplesMixError(
+                    f"losses: the losses of other examples depend on the model's output for example {example}, as in a "
+                    "contrastive loss or one with statistics of the batch. Then no example has a gradient of its own: "
+                    "make each loss depend on its own row alone"
+                )
+
+
+def pulled(losses: Tensor, edges: Sequence[GradientEdge], weights: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the weighted sum of losses with respect to the outputs."""
+    return torch.autograd.grad(losses, list(edges), weights, retain_graph=True, allow_unused=True)
