@@ -108,8 +108,8 @@ def module_rule(*classes: type[nn.Module], saves: str = "") -> Callable[[RuleFun
         ...         return x * self.weight
         >>> @perex.module_rule(Scale, saves="x")
         ... def scale(captured):  # d loss_b / d weight = sum over positions of grad * x
-        ...     product = captured.grad * captured.examples("x")
-        ...     return {"weight": perex.factors.Dense(product.flatten(1, -2).sum(1))}
+        ...     product = captured.grad * captured.examples("x")  # (B, ..., d)
+        ...     return {"weight": perex.factors.Dense(product.reshape(captured.batch, -1, product.shape[-1]).sum(1))}
     """
 
     def register(function: RuleFunction) -> RuleFunction:
