@@ -138,7 +138,10 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         return None
     if handler is None:
         return operation.unknown("is an operator perex does not know")
-    return handler(operation)
+    try:
+        return handler(operation)
+    except (IndexError, KeyError):
+        return operation.unknown("is called in a form that perex does not follow: pass its tensors by position")
 
 
 LINEAR = frozenset(

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from perex.capture import families, views  # noqa: F401  (they fill the table of families)
 from perex.capture.axis import Axis, Lost
 from perex.capture.carry import FAMILIES, tensors_in
+from perex.capture.families.elementwise import aligned
 from perex.capture.forward import Forward
 from perex.capture.labels import BATCHED, LOST, SHARED, STRANGER, UNTRACKED, Labels
 from perex.capture.meeting import Meeting
@@ -28,7 +28,7 @@ from perex.rules.registry import OPERATORS
 
 Operator = Callable[..., Any]
 
-FAMILIES[fill] = families.aligned  # an operator of perex's own
+FAMILIES[fill] = aligned  # an operator of perex's own
 
 
 class Capture(TorchFunctionMode):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from perex.capture.axis import Axis, Label, after_reshape
 from perex.capture.carry import FAMILIES, Operation, dims_of, family, normal, result_tensor
-from perex.capture.families import aligned
+from perex.capture.families.elementwise import aligned
 
 
 def only(op: Operation) -> tuple[Tensor, Axis] | None:

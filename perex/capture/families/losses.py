@@ -1,0 +1,49 @@
+"""Losses: a number for each element, for each row, or a sum or mean over the batch."""
+
+from __future__ import annotations
+
+from perex.capture.axis import Axis, Label
+from perex.capture.carry import Operation, family
+from perex.capture.families.elementwise import aligned
+
+
+@family(
+    """
+    mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div
+    soft_margin_loss poisson_nll_loss gaussian_nll_loss
+    """
+)
+def pointwise_loss(op: Operation) -> Label:
+    """Losses of one number an element."""
+    return aligned(op) if op.kwargs.get("reduction") == "none" else op.reduced()
+
+
+@family(
+    """
+    cross_entropy nll_loss cosine_embedding_loss margin_ranking_loss hinge_embedding_loss multi_margin_loss
+    multilabel_margin_loss multilabel_soft_margin_loss triplet_margin_loss
+    """
+)
+def row_loss(op: Operation) -> Label:
+    """Losses of one number a row, classes on dimension 1."""
+    axes = {axis for _, axis in op.batched()}
+    axis = axes.pop()
+    if op.kwargs.get("reduction") != "none":
+        return uneven(op, axis) or op.reduced()
+    inputs = [op.arg(i, name) for i, name in enumerate(("input", "target", "negative"))]
+    return axis if not axes and axis.dim == 0 and op.only(*inputs) else op.unknown()
+
+
+def uneven(op: Operation, axis: Axis) -> Label:
+    """A mean over targets that are not as many, or as heavy, in each example is no mean of the examples' losses."""
+    target = op.arg(1, "target")
+    if op.name not in ("cross_entropy", "nll_loss") or op.kwargs.get("reduction", "mean") != "mean":
+        return None
+    if op.arg(2, "weight") is not None:
+        return op.bent("averages over the batch by class weights, so an example's share depends on the others' classes")
+    if target.is_floating_point() or op.axis(target) != axis:
+        return None
+    counted = axis.front(target != op.kwargs.get("ignore_index", -100), op.batch).reshape(op.batch, -1).sum(1)
+    if counted.numel() and bool((counted != counted[0]).any()):
+        return op.bent("averages over the batch's targets, of which examples have different numbers (some are ignored)")
+    return None

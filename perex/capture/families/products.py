@@ -1,0 +1,137 @@
+"""Products of tensors: matmul, einsum and their kin."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from perex.capture.axis import Axis, Label
+from perex.capture.carry import Operation, dims_of, family, result_tensor
+from perex.capture.families.elementwise import aligned
+
+
+@family("matmul mm bmm mv dot vdot vecdot")
+def matmul(op: Operation) -> Label:
+    """`(..., m, k) @ (..., k, n)`; one-dimensional arguments lose the dimension they lend."""
+    x, y = (op.args[1], op.args[0]) if op.name == "__rmatmul__" else op.args[:2]
+    if op.name in ("vdot", "vecdot", "dot"):
+        return op.contracted() if x.dim() == 1 == y.dim() else op.unknown()
+    out = result_tensor(op)
+    places = set()
+    for tensor, other, contracted, row in ((x, y, -1, -2), (y, x, -2, -1)):
+        axis = op.axis(tensor)
+        if axis is None:
+            continue
+        back = axis.dim - tensor.dim()
+        if tensor.dim() == 1 or back == contracted:
+            return op.contracted()
+        if back == row:
+            places.add(axis.moved(out.dim() - 1 if row == -1 or other.dim() == 1 else out.dim() - 2))
+        else:
+            lent = 1 if other.dim() == 1 else 0  # the missing dimension is gone from the result
+            places.add(axis.moved(out.dim() + back + lent))
+    return places.pop() if len(places) == 1 else op.mixed("pairs examples with each other")
+
+
+@family("addmm addmv baddbmm addbmm")
+def matmul_with_bias(op: Operation) -> Label:
+    """`input + x @ y`, where the batch axis of the product decides."""
+    if op.name.startswith("addbmm"):
+        return op.unknown("sums over its first dimension")
+    product = Operation("matmul", op.args[1:3], {}, op.out, op.labels, op.batch)
+    if len(op.args) < 3 or not product.batched():
+        return op.unknown()
+    label = matmul(product)
+    bias = op.axis(op.args[0])
+    if bias is not None and aligned(op, [(op.args[0], bias)]) != label:
+        return op.mixed("pairs examples with each other")
+    return label
+
+
+@family("tensordot")
+def tensordot(op: Operation) -> Label:
+    """`tensordot(x, y, dims)`: what is left of x, then what is left of y."""
+    x, y = op.args[:2]
+    dims = op.arg(2, "dims", 2)
+    if isinstance(dims, int):
+        dims = (range(x.dim() - dims, x.dim()), range(dims))
+    if isinstance(dims, Tensor) or len(op.batched()) != 1:
+        return op.unknown()
+    contracted = [dims_of(list(d), t.dim()) if len(d) else [] for d, t in zip(dims, (x, y), strict=True)]
+    first = op.axis(x) is not None
+    axis, taken = op.batched()[0][1], contracted[0 if first else 1]
+    if axis.dim in taken:
+        return op.contracted()
+    before = 0 if first else x.dim() - len(contracted[0])
+    return axis.moved(before + axis.dim - sum(d < axis.dim for d in taken))
+
+
+@family("inner")
+def inner(op: Operation) -> Label:
+    """`inner(x, y)`: the last dimensions contracted; what is left of x, then what is left of y."""
+    x, y = op.args[:2]
+    if len(op.batched()) != 1 or x.dim() == 0 or y.dim() == 0:
+        return op.unknown()
+    tensor, axis = op.batched()[0]
+    if axis.dim == tensor.dim() - 1:
+        return op.contracted()
+    return axis if op.axis(x) is not None else axis.moved(axis.dim + x.dim() - 1)
+
+
+@family("cdist")
+def cdist(op: Operation) -> Label:
+    """`(..., P, d)` and `(..., R, d)` to `(..., P, R)`."""
+    x, y = op.args[:2]
+    out = result_tensor(op)
+    places = set()
+    for tensor, place in ((x, -2), (y, -1)):
+        axis = op.axis(tensor)
+        if axis is not None:
+            back = axis.dim - tensor.dim()
+            if back == -1:
+                return op.contracted()
+            places.add(axis.moved(out.dim() + (place if back == -2 else back)))
+    return places.pop() if len(places) == 1 else op.mixed("pairs examples with each other")
+
+
+@family("outer ger kron cross chain_matmul multi_dot block_diag cartesian_prod meshgrid")
+def between(op: Operation) -> Label:
+    """Products of which perex follows none."""
+    return op.unknown("combines tensors in a way perex does not follow")
+
+
+@family("einsum")
+def einsum(op: Operation) -> Label:
+    """The letter of the batch axis must be one letter everywhere and survive into the result."""
+    equation, operands = op.args[0], list(op.args[1:])
+    if not isinstance(equation, str):
+        return op.unknown("is called without an equation string")
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    left, _, right = equation.replace(" ", "").partition("->")
+    out = result_tensor(op)
+
+    def letters(term: str, ndim: int) -> list[str]:
+        """One name a dimension; the dimensions of an ellipsis are named from the right."""
+        before, dots, after = term.partition("...")
+        hidden = ndim - len(before) - len(after)
+        return list(before) + ([f".{hidden - i}" for i in range(hidden)] if dots else []) + list(after)
+
+    terms = left.split(",")
+    if "->" not in equation:
+        flat = left.replace(",", "").replace("...", "")
+        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(flat) if flat.count(c) == 1))
+    names = set()
+    found: set[Axis] = set()
+    for term, operand in zip(terms, operands, strict=True):
+        axis = op.axis(operand)
+        if axis is not None:
+            named = letters(term, operand.dim())
+            names.add(named[axis.dim])
+            found.add(axis.moved(0))
+            if named.count(named[axis.dim]) > 1:
+                return op.mixed("takes a diagonal of the batch axis")
+    named = letters(right, out.dim())
+    if len(names) != 1 or len(found) != 1:
+        return op.mixed("pairs examples with each other")
+    name = names.pop()
+    return found.pop().moved(named.index(name)) if name in named else op.contracted()
