@@ -16,9 +16,9 @@ def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Axis]], b
     r"""Raise if a loss depends on the outputs of other examples than its own.
 
     With weights $w_i$ on the losses, row $o_j$ of an output gets $\sum_i w_i \, \partial \ell_i / \partial o_j$. If
-    only $i = j$ contributes, that is $w_j$ times what weights of one give. Round $k$ takes two to the power of digit $k$
-    of $i$, so any two examples have different weights in some round, and multiplying is exact in floating point. Only the
-    operators between outputs and losses run, once a round: once or twice, with digits from 0 to 31.
+    only $i = j$ contributes, that is $w_j$ times what weights of one give. Round $k$ takes two to the power of digit
+    $k$ of $i$, so any two examples have different weights in some round, and multiplying is exact in floating point.
+    Only the operators between outputs and losses run, once a round: once or twice, with digits from 0 to 31.
 
     Args:
         losses: `(N,)`, one loss an example; N is the batch, or a multiple of it with further forwards.

@@ -16,31 +16,42 @@ from torch import Tensor
 
 from perex.capture.axis import Axis, Label, Lost
 
-Labels = Callable[[Tensor], Label]
 Handler = Callable[["Operation"], Any]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in an argument: itself, or those in (nested) lists, tuples, dicts and slices."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
+def tensors_in(*values: Any) -> list[Tensor]:
+    """The tensors among arguments or results, also those in (nested) lists, tuples and dicts."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(*value)
+        elif isinstance(value, dict):
+            found += tensors_in(*value.values())
+    return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Operation:
-    """One operator call, as the families see it: arguments, result, and where the examples are."""
+    """One operator call, as the families see it.
+
+    Attributes:
+        name: the operator's name, without what marks dunder and in-place forms.
+        args: its arguments by position.
+        kwargs: its arguments by name.
+        out: what it returned.
+        results: the tensors in that.
+        inputs: its tensor arguments, each with what is known of its examples.
+        batch: number of examples, B.
+    """
 
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
-    labels: Labels
+    results: list[Tensor]
+    inputs: list[tuple[Tensor, Label]]
     batch: int
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
@@ -49,19 +60,18 @@ class Operation:
             return self.args[position]
         return self.kwargs.get(name, default)
 
+    def label(self, value: Any) -> Label:
+        """What is known of the examples in an argument."""
+        return next((label for tensor, label in self.inputs if tensor is value), None)
+
     def axis(self, value: Any) -> Axis | None:
         """The batch axis of an argument; None for what is the same for all examples."""
-        label = self.labels(value) if isinstance(value, Tensor) else None
+        label = self.label(value)
         return label if isinstance(label, Axis) else None
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All tensor arguments."""
-        yield from tensors_in(self.args)
-        yield from tensors_in(self.kwargs)
 
     def batched(self) -> list[tuple[Tensor, Axis]]:
         """The tensor arguments that have a batch axis, with it."""
-        return [(t, a) for t in self.tensors() if (a := self.axis(t)) is not None]
+        return [(tensor, label) for tensor, label in self.inputs if isinstance(label, Axis)]
 
     def only(self, *allowed: Any) -> bool:
         """Whether no other tensors than these have a batch axis."""
@@ -117,8 +127,7 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
     """
     lost: Lost | None = None
     batched = False
-    for tensor in operation.tensors():
-        label = operation.labels(tensor)
+    for _, label in operation.inputs:
         if isinstance(label, Axis):
             batched = True
         elif isinstance(label, Lost) and (lost is None or lost.kind == "reduced"):
@@ -156,7 +165,7 @@ LINEAR = frozenset(
 
 def keeps_sums(operation: Operation) -> bool:
     """Whether an operator is linear in arguments that are sums over the batch."""
-    sums = [isinstance(operation.labels(tensor), Lost) for tensor in operation.tensors()]
+    sums = [isinstance(label, Lost) for _, label in operation.inputs]
     if operation.name in ("mul", "multiply", "rmul"):
         return sum(sums) == 1
     if operation.name in ("div", "divide", "true_divide", "truediv"):
@@ -168,11 +177,10 @@ def alone(operation: Operation, handler: Handler | None, lost: Lost | None) -> L
     """The labels in a batch of one example, which has nothing to mix with: every row of a result is its own."""
     found = operation.unknown() if handler is None or lost is not None else handler(operation)
     labels = found if isinstance(found, list) else [found]
-    results = list(tensors_in(operation.out))
-    if len(labels) != len(results):
-        labels = labels * len(results)
+    if len(labels) != len(operation.results):
+        labels = labels * len(operation.results)
     own: list[Label] = []
-    for label, result in zip(labels, results, strict=True):
+    for label, result in zip(labels, operation.results, strict=True):
         rescued = isinstance(label, Lost) and label.kind != "refused" and result.dim() > 0
         own.append(Axis(0, 1, result.size(0)) if rescued else label)
     return own
@@ -185,7 +193,7 @@ def factory(operation: Operation) -> Label:
 
 def result_tensor(operation: Operation) -> Tensor:
     """The result, or its first tensor."""
-    return next(tensors_in(operation.out))
+    return operation.results[0]
 
 
 def normal(dim: int, ndim: int) -> int:

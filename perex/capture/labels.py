@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +13,15 @@ from perex.capture.parameters import Parameters, Shared, Source
 from perex.rules.registry import OPERATORS
 
 BATCHED, SHARED, LOST, STRANGER, UNTRACKED = 1, 2, 4, 8, 16
-"""Kinds of tensors, as bits; a constant has none. A stranger requires grad and comes from nowhere perex saw; an
-untracked parameter is one that needs its stand-in all the same."""
+"""Kinds of tensors, as bits; a constant has none. What is untracked requires grad, but nobody asks for its
+per-example gradients: other parameters, and what derives from them. A stranger requires grad and comes from nowhere
+that perex saw."""
+
+CONSTANT = "constant"
+"""The label of what derives from untracked parameters, and is not a stranger for that."""
+
+
+Mark = Axis | Lost | Shared | str | None
 
 
 class Labels:
@@ -33,7 +41,7 @@ class Labels:
         self.batch = batch
         self.foreign: list[Tensor] = []  # tensors that outlive the forward: cleaned when it ends
 
-    def of(self, tensor: Tensor) -> Axis | Lost | Shared | None:
+    def of(self, tensor: Tensor) -> Mark:
         """The label of a tensor in this forward."""
         number, label = getattr(tensor, self.key, (None, None))
         return label if number == self.number else None
@@ -41,26 +49,26 @@ class Labels:
     def batch_label(self, tensor: Tensor) -> Label:
         """The label, as far as examples are concerned."""
         label = self.of(tensor)
-        return None if isinstance(label, Shared) else label
+        return label if isinstance(label, (Axis, Lost)) else None
 
     def axis(self, tensor: Tensor) -> Axis | None:
         """The batch axis of a tensor, if it has one."""
         label = self.of(tensor)
         return label if isinstance(label, Axis) else None
 
-    def mark(self, tensor: Tensor, label: Axis | Lost | Shared | None) -> None:
+    def mark(self, tensor: Tensor, label: Mark) -> None:
         """Give a tensor its label."""
         if label is not None:
             setattr(tensor, self.key, (self.number, label))
         elif hasattr(tensor, self.key):
             delattr(tensor, self.key)
 
-    def mark_foreign(self, tensor: Tensor, label: Axis | Lost | Shared | None) -> None:
+    def mark_foreign(self, tensor: Tensor, label: Mark) -> None:
         """Label a tensor that outlives the forward: an input, an output, or a buffer written in place."""
         self.foreign.append(tensor)
         self.mark(tensor, label)
 
-    def rewrite(self, tensor: Tensor, label: Axis | Lost | Shared | None) -> None:
+    def rewrite(self, tensor: Tensor, label: Mark) -> None:
         """Label a tensor that was changed in place, and the tensor that it is a view of."""
         self.mark_foreign(tensor, label)
         base = tensor._base
@@ -77,11 +85,15 @@ class Labels:
         """One of the kinds above, or 0 for a constant."""
         label = self.of(tensor)
         if label is not None:
-            return BATCHED if isinstance(label, Axis) else LOST if isinstance(label, Lost) else SHARED
+            if isinstance(label, Axis):
+                return BATCHED
+            return LOST if isinstance(label, Lost) else SHARED if isinstance(label, Shared) else UNTRACKED
+        if not tensor.requires_grad:
+            return 0
         entry = self.parameters.entries.get(id(tensor))
         if entry is not None:
-            return SHARED if entry.tracked else 0 if self.parameters.param_grads else UNTRACKED
-        return STRANGER if tensor.grad_fn is not None else 0
+            return SHARED if entry.tracked else UNTRACKED
+        return STRANGER if tensor.grad_fn is not None else UNTRACKED
 
     def source(self, value: Any) -> Source | None:
         """The tracked parameter, or derived tensor, that an argument is."""
@@ -103,12 +115,14 @@ class Labels:
         label = self.of(value)
         return label.tensor if isinstance(label, Shared) else value
 
-    def of_results(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Label]:
-        """One label for each tensor in the result of an operator."""
-        produced = list(tensors_in(out))
+    def of_results(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, produced: list[Tensor]
+    ) -> list[Label]:
+        """One label for each tensor that an operator produced."""
         if not produced:
             return []
-        operation = Operation(plain_name(func), args, kwargs, out, self.batch_label, self.batch)
+        inputs = [(tensor, self.batch_label(tensor)) for tensor in tensors_in(*args, kwargs)]
+        operation = Operation(plain_name(func), args, kwargs, out, produced, inputs, self.batch)
         if func in OPERATORS and not known(func):  # a user's rule, for an operator that keeps the axis
             found: Label | list[Label] = next((axis for _, axis in operation.batched()), None)
         else:
@@ -126,12 +140,10 @@ class Labels:
 
     def with_trial(self, tensor: Tensor, trial: Axis, func: Any, args: Any, kwargs: Any, out: Any) -> list[Label]:
         """What the labels of an operator's results would be if `tensor` had the batch axis `trial`."""
-
-        def label(other: Tensor) -> Label:
-            return trial if other is tensor else self.batch_label(other)
-
-        found = carry(Operation(plain_name(func), args, kwargs, out, label, self.batch), func)
-        return found if isinstance(found, list) else [found] * sum(1 for _ in tensors_in(out))
+        inputs = [(t, trial if t is tensor else self.batch_label(t)) for t in tensors_in(*args, kwargs)]
+        produced = tensors_in(out)
+        found = carry(Operation(plain_name(func), args, kwargs, out, produced, inputs, self.batch), func)
+        return found if isinstance(found, list) else [found] * len(produced)
 
     def written(self, target: Tensor, index: Any, value: Tensor) -> Label:
         """The label of a tensor after rows of examples, `value`, were written to `target[index]`."""
@@ -151,6 +163,7 @@ class Labels:
         return Lost(kind, "`__setitem__` writes rows of examples where perex cannot follow them")
 
 
+@functools.cache
 def plain_name(func: Any) -> str:
     """An operator's name, without what marks dunder and in-place forms."""
     name = getattr(func, "__name__", str(func))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from perex.capture.axis import Axis, Label
+from perex.capture.carry import tensors_in
 from perex.capture.checkpoint import run_recomputation_in
 from perex.capture.forward import Forward
 from perex.capture.labels import Labels
@@ -56,7 +57,7 @@ class Meeting:
             values = [v if s is None else v.detach() for v, s in zip(values, sources, strict=True)]
         out = func(*unpack(packed_args, values), **unpack(packed_kwargs, values))
         out_axes: list[Axis] = []
-        for label in self.labels.of_results(func, args, kwargs, out):
+        for label in self.labels.of_results(func, args, kwargs, out, tensors_in(out)):
             self.refuse.mixed(label)
             if not isinstance(label, Axis):
                 raise self.refuse.lost(label, func)

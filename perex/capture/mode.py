@@ -16,7 +16,7 @@ from perex.capture.axis import Axis, Lost
 from perex.capture.carry import FAMILIES, tensors_in
 from perex.capture.families.elementwise import aligned
 from perex.capture.forward import Forward
-from perex.capture.labels import BATCHED, LOST, SHARED, STRANGER, UNTRACKED, Labels
+from perex.capture.labels import BATCHED, CONSTANT, LOST, SHARED, STRANGER, UNTRACKED, Labels
 from perex.capture.meeting import Meeting
 from perex.capture.operators import NUMBERS, PASSED_OVER, READS_FIRST, body, composite, in_place, out_of_place
 from perex.capture.parameters import Entry, Parameters, Shared
@@ -72,7 +72,7 @@ class Capture(TorchFunctionMode):
         if not self.active or func in PASSED_OVER:
             return func(*args, **kwargs)
         kinds = 0
-        for tensor in tensors_in(args[:1] if func in READS_FIRST else (args, kwargs)):
+        for tensor in tensors_in(args[0]) if func in READS_FIRST else tensors_in(*args, kwargs):
             kinds |= self.labels.kind(tensor)
         if not kinds:
             return func(*args, **kwargs)
@@ -108,13 +108,14 @@ class Capture(TorchFunctionMode):
             out = self.run(func, args, kwargs, detach=False)
         else:
             out = func(*args, **kwargs)
-        for tensor, label in zip(tensors_in(out), self.labels.of_results(func, args, kwargs, out), strict=True):
+        produced = tensors_in(out)
+        for tensor, label in zip(produced, self.labels.of_results(func, args, kwargs, out, produced), strict=True):
             if torch.is_grad_enabled():
                 self.refuse.mixed(label)
                 if isinstance(label, Lost) and label.kind == "bent" and tensor.requires_grad:
                     tensor.register_hook(self.refuse.when_differentiated(self.forward, label))
             if not (in_place(func) and tensor is args[0]):
-                self.labels.mark(tensor, label)
+                self.labels.mark(tensor, CONSTANT if label is None and tensor.requires_grad else label)
             elif label != before:
                 self.labels.rewrite(tensor, label)
         return out
@@ -201,7 +202,8 @@ class Capture(TorchFunctionMode):
         shared = self.labels.source(value) is not None
         if torch.is_grad_enabled() and shared and self.labels.kind(target) == BATCHED:
             piece = target[index]
-            self.labels.mark(piece, self.labels.of_results(Tensor.__getitem__, (target, index), {}, piece)[0])
+            label = self.labels.of_results(Tensor.__getitem__, (target, index), {}, piece, [piece])[0]
+            self.labels.mark(piece, label)
             target[index] = self.meet(fill, (piece, value), {})
             return
         if torch.is_grad_enabled() and self.labels.kind(target) == SHARED and not kinds & BATCHED:

@@ -60,6 +60,7 @@ DUNDERS = {
 }
 
 
+@functools.cache
 def in_place(func: Callable[..., Any]) -> bool:
     """Whether an operator changes its first argument."""
     name = getattr(func, "__name__", "")
@@ -74,6 +75,7 @@ def out_of_place(func: Callable[..., Any]) -> Callable[..., Any] | None:
     return found
 
 
+@functools.cache
 def composite(func: Any) -> bool:
     """Whether an operator is a Python function over others, and no family knows it as a whole."""
     if func in FAMILIES or func in NUMBERS or not isinstance(func, types.FunctionType):

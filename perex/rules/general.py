@@ -42,7 +42,7 @@ def general(captured: Captured) -> dict[Any, Factor]:
         def operator(*shared: Tensor) -> tuple[Tensor, ...]:
             tensors = {**fixed, **own, **dict(zip(wanted, shared, strict=True))}
             args, kwargs = unpack(call.args, tensors), unpack(call.kwargs, tensors)  # type: ignore[arg-type]
-            produced = list(tensors_in(call.func(*args, **kwargs)))
+            produced = tensors_in(call.func(*args, **kwargs))
             return tuple(produced[k] for k in outputs)
 
         inputs = [own[i] if i in own else fixed[i] for i in wanted]

@@ -37,7 +37,8 @@ def matmul_with_bias(op: Operation) -> Label:
     """`input + x @ y`, where the batch axis of the product decides."""
     if op.name.startswith("addbmm"):
         return op.unknown("sums over its first dimension")
-    product = Operation("matmul", op.args[1:3], {}, op.out, op.labels, op.batch)
+    inputs = [(tensor, label) for tensor, label in op.inputs if tensor is not op.args[0]]
+    product = Operation("matmul", op.args[1:3], {}, op.out, op.results, inputs, op.batch)
     if len(op.args) < 3 or not product.batched():
         return op.unknown()
     label = matmul(product)

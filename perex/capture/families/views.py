@@ -284,7 +284,7 @@ def indexed(op: Operation, source: Tensor, index: Any) -> Label:
     if any(isinstance(e, Tensor) and e.dtype in (torch.bool, torch.uint8) for e in entries):
         return op.unknown("picks by a mask")
     entries = [torch.as_tensor(e) if isinstance(e, (list, range)) else e for e in entries]
-    entries = [int(e) if isinstance(e, Tensor) and e.dim() == 0 and op.labels(e) is None else e for e in entries]
+    entries = [int(e) if isinstance(e, Tensor) and e.dim() == 0 and op.label(e) is None else e for e in entries]
     used = sum(e is not None and e is not Ellipsis for e in entries)
     if any(e is Ellipsis for e in entries):
         at = next(i for i, e in enumerate(entries) if e is Ellipsis)
