@@ -45,8 +45,9 @@ class Block(NamedTuple):
 def blocks(text: str) -> list[Block]:
     fences = list(FENCE.finditer(text))
     found = []
-    for fence, after in zip(fences, [*fences[1:], None], strict=True):
+    for place, fence in enumerate(fences):
         if fence[1] == "python":
+            after = fences[place + 1] if place + 1 < len(fences) else None
             follows = after is not None and after[1] == "text" and not text[fence.end() : after.start()].strip()
             printed = after[2] if after is not None and follows else None
             found.append(Block(fence[2], text.count("\n", 0, fence.start(2)), printed))

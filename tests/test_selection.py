@@ -39,7 +39,7 @@ CHOICES = [
 @pytest.mark.parametrize("size", [(3, 5), (5, 5), (1, 5)])
 def test_a_few_of_many(params, size):
     torch.manual_seed(0)
-    check(Mixed().double(), (torch.randint(9, size),), params=params)
+    check(Mixed().double(), (torch.randint(9, size),), params=[params] if isinstance(params, str) else params)
 
 
 @pytest.mark.parametrize("frozen", CHOICES[:5], ids=str)
