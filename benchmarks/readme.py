@@ -12,8 +12,10 @@ watching a forward costs for each operator, in time on one core.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any
 
@@ -58,8 +60,11 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x))).transpose(1, 2)
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+def mlp(*widths: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def cnn() -> nn.Module:
@@ -69,20 +74,30 @@ def cnn() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
+def small_cnn() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+
+
 Job = tuple[str, nn.Module, Tensor, Tensor, int | None]  # name, model, inputs, targets, vmap's chunk size
-Run = Callable[[], Tensor | None]
-PLAIN = "plain, no norms"
+Way = tuple[Callable[[], AbstractContextManager[Any]], Callable[[Any], Tensor | None]]  # set-up, and a step in it
+PLAIN = "plain forward, backward"
 
 
 def jobs(quick: bool) -> list[Job]:
     """The models. Each chunk size was the fastest for vmap of 1, 2, 4, ..., 32 and the whole batch."""
     torch.manual_seed(0)
-    many, some, few = (4, 4, 4) if quick else (256, 64, 16)
-    ids = torch.randint(2000, (few, 65))
+
+    def data(batch: int, *shape: int) -> tuple[Tensor, Tensor]:
+        batch = min(batch, 4) if quick else batch
+        return torch.randn(batch, *shape), torch.randint(10, (batch,))
+
+    ids = torch.randint(2000, (4 if quick else 16, 65))
     return [
-        (f"MLP 784-1024-1024-10, batch {many}", mlp(), torch.randn(many, 784), torch.randint(10, (many,)), 4),
-        (f"CNN, 3 convolutions, batch {some}", cnn(), torch.randn(some, 3, 32, 32), torch.randint(10, (some,)), 16),
-        (f"GPT, 2 layers, d=256, batch {few} x 64 tokens", GPT(2, 256, 2000, 64), ids[:, :-1], ids[:, 1:], None),
+        ("MLP 784-1024-1024-10, batch 256", mlp(784, 1024, 1024, 10), *data(256, 784), 4),
+        ("CNN, 3 convolutions, batch 64 of 3x32x32", cnn(), *data(64, 3, 32, 32), 16),
+        ("GPT, 2 layers, d=256, batch 16 of 64 tokens", GPT(2, 256, 2000, 64), ids[:, :-1], ids[:, 1:], None),
+        ("MLP 16-16-10, batch 16", mlp(16, 16, 10), *data(16, 16), None),
+        ("CNN, 1 convolution, batch 256 of 1x8x8", small_cnn(), *data(256, 1, 8, 8), None),
     ]
 
 
@@ -92,7 +107,7 @@ def losses_of(output: Tensor, y: Tensor) -> Tensor:
     return losses if losses.dim() == 1 else losses.mean(1)
 
 
-def ways(model: nn.Module, x: Tensor, y: Tensor, chunk: int | None) -> dict[str, Run]:
+def ways(model: nn.Module, x: Tensor, y: Tensor, chunk: int | None) -> dict[str, Way]:
     values = {name: p.detach() for name, p in model.named_parameters()}
     parameters = list(model.parameters())
 
@@ -114,43 +129,41 @@ def ways(model: nn.Module, x: Tensor, y: Tensor, chunk: int | None) -> dict[str,
         gradients = grad(loss_of_one)(values, x, y).values()
         return torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
 
-    def attached(param_grads: bool) -> Tensor:
-        with perex.attach(model, param_grads=param_grads) as px:
-            px.backward(losses_of(model(x), y))
+    def tracked(px: perex.Tracker) -> Tensor:
+        px.backward(losses_of(model(x), y))
         model.zero_grad()
         return px.norms()  # type: ignore[return-value]
 
     return {
-        PLAIN: plain,
-        "loop": loop,
-        "torch.func.vmap": lambda: vmap(norm_of_one, chunk_size=chunk)(x, y),
-        "perex, param_grads=False": lambda: attached(False),
-        "perex, with .grad": lambda: attached(True),
+        PLAIN: (nullcontext, lambda _: plain()),
+        "loop": (nullcontext, lambda _: loop()),
+        "torch.func.vmap": (nullcontext, lambda _: vmap(norm_of_one, chunk_size=chunk)(x, y)),
+        "perex, param_grads=False": (lambda: perex.attach(model, param_grads=False), tracked),
+        "perex, with .grad": (lambda: perex.attach(model), tracked),
     }
 
 
-def timed(runs: dict[str, Run], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of each way, round by round."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = clock()
-            run()
-            times[name].append(clock() - start)
-    return times
+def seconds(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
+    run()
+    return clock() - start
 
 
 def table(job: Job, rounds: int) -> None:
     name, model, x, y, chunk = job
-    runs = ways(model, x, y, chunk)
-    found = {way: norms for way, run in runs.items() if (norms := run()) is not None}  # and everything is warm
-    for norms in found.values():
-        torch.testing.assert_close(norms, found["loop"], rtol=1e-3, atol=0)
+    found: dict[str, Tensor | None] = {}
+    times: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for way, (setup, run) in ways(model, x, y, chunk).items():
+            with setup() as context:
+                found[way] = run(context)  # and everything is warm
+                times.setdefault(way, []).append(seconds(lambda run=run, context=context: run(context)))
     print(f"\n{name}")
-    times = timed(runs, rounds, time.perf_counter)
     for way, taken in times.items():
+        if found[way] is not None:
+            torch.testing.assert_close(found[way], found["loop"], rtol=1e-3, atol=0)
         ratio = median(t / plain for t, plain in zip(taken, times[PLAIN], strict=True))
-        print(f"  {way:<26}{1000 * median(taken):9,.0f} ms{ratio:8.2f}x")
+        print(f"  {way:<26}{1000 * median(taken):9,.1f} ms{ratio:8.2f}x")
 
 
 class Counter(TorchFunctionMode):
@@ -175,10 +188,10 @@ def overhead(rounds: int) -> None:
 
         times: dict[str, list[float]] = {"plain": [], "one": [], "all": []}
         for _ in range(rounds):
-            times["plain"] += timed({"": lambda ids=ids: model(ids)}, 1, time.process_time)[""]
+            times["plain"].append(seconds(lambda ids=ids: model(ids), time.process_time))
             for name, params in (("one", ["norm.weight"]), ("all", None)):
                 with perex.attach(model, params=params, param_grads=False) as px:
-                    times[name] += timed({"": lambda ids=ids: model(ids)}, 1, time.process_time)[""]
+                    times[name].append(seconds(lambda ids=ids: model(ids), time.process_time))
         plain, one, everything = map(median, times.values())
         each, light = (1e6 * (watched - plain) / counter.count for watched in (everything, one))
         print(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perex.factors import Dense, Factor, Outer, Patches, Rows, Total
-from perex.kernels import blocks, outer, segments
+from perex.kernels import blocks, convolution, outer, segments
 from perex.kernels.convolution import Geometry
 
 B, V, D = 5, 7, 4  # the parameter is (V, D)
@@ -110,3 +110,37 @@ def test_an_example_that_is_not_a_number_spoils_no_other():
         assert after[2].isnan()
         keep = torch.tensor([0, 1, 3, 4])
         assert torch.equal(before[keep], after[keep])
+
+
+GEOMETRIES = [
+    # weight, stride, padding, dilation, transposed, output padding, groups, input
+    ((6, 4, 3), (1,), (1,), (1,), False, (0,), 1, (9,)),
+    ((6, 2, 3), (2,), (2,), (2,), False, (0,), 2, (11,)),
+    ((6, 1, 2, 3), (2, 1), (1, 0), (1, 2), False, (0, 0), 6, (7, 8)),
+    ((4, 4, 2, 1, 3), (1, 2, 1), (0, 1, 1), (1, 1, 1), False, (0, 0, 0), 1, (4, 3, 5)),
+    ((4, 3, 3), (2,), (1,), (1,), True, (1,), 1, (5,)),
+    ((4, 3, 3, 2), (2, 3), (1, 0), (1, 2), True, (1, 0), 2, (4, 3)),
+]
+
+
+@pytest.mark.parametrize("case", GEOMETRIES, ids=lambda case: str(case[0]))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_ways_to_the_norm_of_a_convolution_agree(case, rows):
+    weight, *options, groups, spatial = case
+    geometry = Geometry(torch.Size(weight), *options, groups)
+    transposed = geometry.transposed
+    x = random(B, rows, weight[0] if transposed else weight[1] * groups, *spatial)
+    kernel = torch.zeros(weight, dtype=torch.float64)
+    out = torch.ops.aten.convolution(
+        x[:, 0], kernel, None, geometry.stride, geometry.padding, geometry.dilation, transposed,
+        geometry.output_padding, groups,
+    )  # fmt: skip
+    factor = Patches(x, random(B, rows, *out.shape[1:]), geometry)
+    expected = multiplied_out(factor).square().sum(1)
+    torch.testing.assert_close(convolution.unfolded_squared_norm(factor.x, factor.grads, geometry), expected)
+    torch.testing.assert_close(factor.squared_norm(), expected)
+    convolution.CALL, call = -(10**12), convolution.CALL
+    try:
+        torch.testing.assert_close(factor.squared_norm(), expected)
+    finally:
+        convolution.CALL = call

@@ -46,9 +46,7 @@ def loop(model: nn.Module, loss_of: Callable[[nn.Module, int], Tensor], n: int =
         loss = loss_of(model, i).sum()
         loss.backward()
         losses.append(loss.detach())
-        squares.append(
-            [torch.zeros(()) if p.grad is None else p.grad.square().sum() for p in model.parameters()]
-        )
+        squares.append([torch.zeros(()) if p.grad is None else p.grad.square().sum() for p in model.parameters()])
     table = torch.tensor(squares, dtype=torch.float64)
     by_name = {name: table[:, k].sqrt() for k, (name, _) in enumerate(model.named_parameters())}
     return {"loss": torch.stack(losses), "norm": table.sum(1).sqrt(), **by_name}
@@ -94,9 +92,7 @@ def test_every_kind_of_pool(pool: str, batch_size: int | None, reference: dict[s
 
 
 def test_by_parameter_and_by_module(reference: dict[str, Tensor]) -> None:
-    scores = score(
-        classifier(), examples(), nn.CrossEntropyLoss(), by="parameter", batch_size=4, progress=False
-    )
+    scores = score(classifier(), examples(), nn.CrossEntropyLoss(), by="parameter", batch_size=4, progress=False)
     assert list(scores.parts) == ["0.weight", "0.bias", "3.weight", "3.bias"]
     for name, norms in scores.parts.items():
         torch.testing.assert_close(norms, reference[name], rtol=1e-9, atol=1e-12)
@@ -144,9 +140,7 @@ LOSSES: dict[str, Callable[[Any, Any], Tensor]] = {
     "smoothed": nn.CrossEntropyLoss(weight=torch.ones(3, dtype=torch.float64), label_smoothing=0.2),
     "ignoring": nn.CrossEntropyLoss(ignore_index=1, reduction="sum"),
     "function": nn.functional.cross_entropy,
-    "branching on a value": lambda o, t: (
-        (o.sum() if o.sum().item() > 0 else o.square().sum()) * (1 + t.sum())
-    ),
+    "branching on a value": lambda o, t: (o.sum() if o.sum().item() > 0 else o.square().sum()) * (1 + t.sum()),
 }
 
 
@@ -201,9 +195,7 @@ def test_token_losses_with_padding_and_nested_outputs(reduction: str, kind: str)
 
     dataset = [(tokens[i], {"labels": labels[i]}) for i in range(N)]
     scores = score(model, dataset, loss_fn, batch_size=4, progress=False)
-    assert_same(
-        scores, loop(model, lambda m, i: loss_fn(m(tokens[i : i + 1]), {"labels": labels[i : i + 1]}))
-    )
+    assert_same(scores, loop(model, lambda m, i: loss_fn(m(tokens[i : i + 1]), {"labels": labels[i : i + 1]})))
 
 
 def test_step_gets_the_batch_as_the_loader_yields_it(reference: dict[str, Tensor]) -> None:
@@ -232,9 +224,7 @@ def test_an_example_with_a_nan_spoils_only_itself(reference: dict[str, Tensor]) 
 def test_half_precision_is_kept_in_float32_and_autocast_is_close(reference: dict[str, Tensor]) -> None:
     x, y = examples()
     half = score(classifier().bfloat16(), (x.bfloat16(), y), nn.CrossEntropyLoss(), progress=False)
-    mixed = score(
-        classifier().float(), (x.float(), y), nn.CrossEntropyLoss(), autocast=torch.bfloat16, progress=False
-    )
+    mixed = score(classifier().float(), (x.float(), y), nn.CrossEntropyLoss(), autocast=torch.bfloat16, progress=False)
     for scores in (half, mixed):
         assert scores.norms.dtype == scores.losses.dtype == torch.float32
         torch.testing.assert_close(scores.norms.double(), reference["norm"], rtol=0.1, atol=0.02)
@@ -299,9 +289,7 @@ def test_a_device_that_cannot_be_moved_to_leaves_the_model_where_it_was() -> Non
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_scores_on_another_device_come_back(device: str, reference: dict[str, Tensor]) -> None:
-    scores = score(
-        classifier(), examples(), nn.CrossEntropyLoss(), device=device, by="module", progress=False
-    )
+    scores = score(classifier(), examples(), nn.CrossEntropyLoss(), device=device, by="module", progress=False)
     assert_same(scores, reference)
     assert {t.device.type for t in (scores.losses, scores.norms, *scores.parts.values())} == {"cpu"}
 
@@ -357,9 +345,7 @@ def test_no_batch_outlives_the_next() -> None:
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
 def test_ids_of_the_user(kind: Callable) -> None:
     ids = list(range(100, 100 + N))
-    scores = score(
-        classifier(), POOLS["shuffled loader"](), nn.CrossEntropyLoss(), ids=kind(ids), progress=False
-    )
+    scores = score(classifier(), POOLS["shuffled loader"](), nn.CrossEntropyLoss(), ids=kind(ids), progress=False)
     assert scores.ids.tolist() == ids
     named = score(classifier(), Stream(), nn.CrossEntropyLoss(), ids=[f"no {i}" for i in ids], progress=False)
     assert named.ids.tolist() == [f"no {i}" for i in ids]
@@ -406,9 +392,7 @@ def test_progress_imports_tqdm_only_when_wanted_and_does_without_it() -> None:
 
 def scored(data: Any = None, loss_fn: Any = None, **options: Any) -> Scores:
     loss_fn = nn.CrossEntropyLoss() if loss_fn is None and "step" not in options else loss_fn
-    return score(
-        classifier(), examples() if data is None else data, loss_fn, **{"progress": False, **options}
-    )
+    return score(classifier(), examples() if data is None else data, loss_fn, **{"progress": False, **options})
 
 
 X, Y = examples()

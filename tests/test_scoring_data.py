@@ -92,9 +92,7 @@ EVERY = list(range(N))
 )
 def test_every_example_once_and_in_order(data: Any, sizes: list[int] | None) -> None:
     if sizes is None:  # the dataset is asked for a list of positions at once
-        data.dataset.__class__ = type(
-            "Listed", (Numbers,), {"__getitem__": lambda self, i: 10 * torch.tensor(i)}
-        )
+        data.dataset.__class__ = type("Listed", (Numbers,), {"__getitem__": lambda self, i: 10 * torch.tensor(i)})
         sizes = [4, 4, 2]
     assert contents(data) == (EVERY, sizes)
     assert contents(data, batch_size=6) == (EVERY, [6, 4])

@@ -176,9 +176,7 @@ def test_every_tensor_in_a_structure_is_cut(name: str) -> None:
     assert logits_of(wrapped) is logits
 
 
-@pytest.mark.parametrize(
-    "use", [lambda t: t * 2, lambda t: t.sum(), lambda t: 1 + t, lambda t: t.shape, len, bool]
-)
+@pytest.mark.parametrize("use", [lambda t: t * 2, lambda t: t.sum(), lambda t: 1 + t, lambda t: t.shape, len, bool])
 @pytest.mark.parametrize("stranger", [torch.tensor(1.0), torch.zeros(B + 1), 3, [1, 2, 3, 4, 5], object()])
 def test_what_has_no_row_for_each_example_cannot_be_used(use: Callable, stranger: Any) -> None:
     def loss_fn(output: Any, target: Tensor) -> Tensor:

@@ -128,9 +128,7 @@ def test_plot_leaves_pyplot_and_settings_alone() -> None:
 
 
 @pytest.mark.parametrize(("path", "package"), [("x.parquet", "pyarrow"), ("x.png", "matplotlib")])
-def test_a_missing_package_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str, package: str
-) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     extra = "parquet" if package == "pyarrow" else "plot"
     with pytest.raises(ScoringError, match=rf'needs {package}.*pip install "perex\[{extra}\]"'):

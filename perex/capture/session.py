@@ -102,7 +102,8 @@ class Session:
         """Before a module's forward."""
         if compiling():
             raise AttachError(
-                f"module '{path}' is being compiled while perex is attached: perex cannot see into compiled code. "
+                f"{f'module {path!r}' if path else 'the model'} is being compiled while perex is attached: perex cannot "
+                "see into compiled code. "
                 "Call the uncompiled model"
             )
         frame = Frame(path)

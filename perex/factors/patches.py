@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
-from perex.kernels.convolution import Geometry, weight_gradient
-from perex.kernels.outer import square
+from perex.kernels.convolution import Geometry, squared_norm, weight_gradient
 
 
 @dataclass(eq=False)
 class Patches(Factor):
     r"""$G_b = \sum_p g_{bp} u_{bp}^\top$, with $u_{bp}$ the patch of the input under output position $p$.
 
-    The patches are never unfolded; a backend call an example multiplies them out.
+    Patches are not unfolded up front; see `perex.kernels.convolution` for the ways to the norm.
 
     Attributes:
         x: input, `(B, R, C_in, *spatial)`, R rows (images) an example.
@@ -50,9 +49,7 @@ class Patches(Factor):
 
     def squared_norm(self) -> Tensor:
         """See `Factor.squared_norm`."""
-        if self.batch == 0:
-            return self.grads.new_zeros(0)
-        return torch.stack([square(self.gradient(b)).sum() for b in range(self.batch)])
+        return squared_norm(self.x, self.grads, self.geometry)
 
     def merge(self, other: Factor) -> Factor | None:
         """Uses with the same geometry and sizes are further rows."""

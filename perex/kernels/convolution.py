@@ -1,11 +1,16 @@
-r"""Per-example weight gradients of convolutions, one backend call an example."""
+r"""Per-example weight gradients of convolutions, and their norms."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from perex.kernels import outer
+from perex.kernels.blocks import example_blocks
 
 
 @dataclass(frozen=True)
@@ -51,3 +56,80 @@ def weight_gradient(x: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
         geometry.groups,
         [False, True, False],
     )[1]
+
+
+CALL = 300_000
+"""What a backend call costs beside its arithmetic, in multiply-adds."""
+
+
+def squared_norm(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    r"""$\|G_b\|^2$ by the cheaper of two ways.
+
+    One backend call an example multiplies $G_b$ out. Or patches are unfolded, a few examples at a time, and their
+    outer products with the output gradient take the direct or Gram form (`perex.kernels.outer`): better where calls
+    are small, or positions few and channels many.
+
+    Args:
+        x: input, `(B, R, C_in, *spatial)`, R rows (images) an example.
+        grads: output gradient, `(B, R, C_out, *spatial')`.
+        geometry: the convolution's options.
+
+    Returns:
+        Tensor `(B,)`.
+    """
+    batch = x.shape[0]
+    if batch == 0 or x.numel() == 0 or grads.numel() == 0:
+        return grads.new_zeros(batch)
+    rows, columns = geometry.weight_shape[0] // geometry.groups, math.prod(geometry.weight_shape[1:])
+    narrow = x if geometry.transposed else grads
+    positions = narrow.shape[1] * math.prod(narrow.shape[3:])
+    direct = geometry.groups * positions * rows * columns
+    gram = geometry.groups * positions**2 * (rows + columns)
+    if min(direct, gram) + 4 * geometry.groups * positions * columns < direct + CALL:
+        return unfolded_squared_norm(x, grads, geometry)
+    gradients = (weight_gradient(x[b], grads[b], geometry) for b in range(batch))
+    return torch.stack([outer.square(gradient).sum() for gradient in gradients])
+
+
+def unfolded_squared_norm(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    r"""$\|\sum_p g_p u_p^\top\|^2$ with the patches $u_p$ unfolded, a few examples at a time.
+
+    A transposed convolution is the same with the roles of input and output gradient exchanged.
+
+    Args:
+        x: `(B, R, C_in, *spatial)`.
+        grads: `(B, R, C_out, *spatial')`.
+        geometry: the convolution's options.
+
+    Returns:
+        Tensor `(B,)`.
+    """
+    narrow, wide = (x, grads) if geometry.transposed else (grads, x)
+    positions, columns = narrow.shape[1] * math.prod(narrow.shape[3:]), math.prod(geometry.weight_shape[1:])
+    parts = []
+    for i, j in example_blocks(x.shape[0], geometry.groups * positions * columns):
+        left = narrow[i:j].unflatten(2, (geometry.groups, -1)).movedim(2, 1).movedim(3, -1)  # (b, G, R, *spatial, m)
+        right = patches(wide[i:j], narrow.shape[3:], geometry)
+        parts.append(outer.squared_norm(left.flatten(2, -2), right))
+    return torch.cat(parts)
+
+
+def patches(wide: Tensor, places: torch.Size, geometry: Geometry) -> Tensor:
+    """The patch under each place of the kernel.
+
+    Args:
+        wide: what the kernel moves over, `(b, R, C, *spatial)`.
+        places: how many places it takes in each spatial dimension.
+        geometry: the convolution's options.
+
+    Returns:
+        Tensor `(b, G, T, n)`, with T the places of all R rows and n the columns of the weight.
+    """
+    kernel = geometry.weight_shape[2:]
+    padded = F.pad(wide, [side for size in reversed(geometry.padding) for side in (size, size)])
+    for axis, (size, step, spread, count) in enumerate(
+        zip(kernel, geometry.stride, geometry.dilation, places, strict=True), start=3
+    ):
+        padded = padded.unfold(axis, spread * (size - 1) + 1, step).narrow(axis, 0, count)[..., ::spread]
+    grouped = padded.unflatten(2, (geometry.groups, -1)).movedim(2, 1)  # (b, G, R, C/G, *places, *kernel)
+    return grouped.movedim(3, 3 + len(kernel)).flatten(3 + len(kernel)).flatten(2, -2)

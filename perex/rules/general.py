@@ -50,12 +50,13 @@ def general(captured: Captured) -> dict[Any, Factor]:
         return vjp(tuple(g.to(y.dtype) for g, y in zip(own_grads, produced, strict=True)))
 
     try:
-        with warnings.catch_warnings():
+        with torch.enable_grad(), warnings.catch_warnings():  # without grad, an LSTM keeps no workspace
             # An operator without a batching rule is run example by example inside vmap: slower, as exact.
             warnings.filterwarnings("ignore", "There is a performance drop")
             found = torch.func.vmap(pulled_back)(rows, grads)
     except (RuntimeError, ValueError, NotImplementedError):
-        each = [pulled_back({i: r[b] for i, r in rows.items()}, [g[b] for g in grads]) for b in range(batch)]
+        with torch.enable_grad():
+            each = [pulled_back({i: r[b] for i, r in rows.items()}, [g[b] for g in grads]) for b in range(batch)]
         found = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
     factors: dict[Any, Factor] = {}
     for index, values in zip(wanted, found, strict=True):
