@@ -30,6 +30,7 @@ MODELS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")  # torch's own
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("param_grads", [True, False])
 def test_norms_in_float32(name, param_grads):

@@ -101,10 +101,10 @@ class Session:
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a module's forward."""
         if compiling():
+            name = f"module '{path}'" if path else "the model"
             raise AttachError(
-                f"{f'module {path!r}' if path else 'the model'} is being compiled while perex is attached: perex cannot "
-                "see into compiled code. "
-                "Call the uncompiled model"
+                f"{name} is being compiled while perex is attached: perex cannot see into compiled code. Call the "
+                "uncompiled model"
             )
         frame = Frame(path)
         self.frames.append(frame)
