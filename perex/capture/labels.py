@@ -81,9 +81,8 @@ class Labels:
             self.mark(tensor, None)
         self.foreign.clear()
 
-    def kind(self, tensor: Tensor) -> int:
-        """One of the kinds above, or 0 for a constant."""
-        label = self.of(tensor)
+    def kind(self, tensor: Tensor, label: Mark) -> int:
+        """One of the kinds above for a tensor with this label, or 0 for a constant."""
         if label is not None:
             if isinstance(label, Axis):
                 return BATCHED
@@ -116,12 +115,20 @@ class Labels:
         return label.tensor if isinstance(label, Shared) else value
 
     def of_results(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, produced: list[Tensor]
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        produced: list[Tensor],
+        marks: list[tuple[Tensor, Mark]] | None = None,
     ) -> list[Label]:
-        """One label for each tensor that an operator produced."""
+        """One label for each tensor that an operator produced, from those of its arguments (looked up if not given)."""
         if not produced:
             return []
-        inputs = [(tensor, self.batch_label(tensor)) for tensor in tensors_in(*args, kwargs)]
+        if marks is None:
+            marks = [(tensor, self.of(tensor)) for tensor in tensors_in(*args, kwargs)]
+        inputs = [(tensor, mark if isinstance(mark, (Axis, Lost)) else None) for tensor, mark in marks]
         operation = Operation(plain_name(func), args, kwargs, out, produced, inputs, self.batch)
         if func in OPERATORS and not known(func):  # a user's rule, for an operator that keeps the axis
             found: Label | list[Label] = next((axis for _, axis in operation.batched()), None)

@@ -16,7 +16,7 @@ from perex.capture.axis import Axis, Lost
 from perex.capture.carry import FAMILIES, tensors_in
 from perex.capture.families.elementwise import aligned
 from perex.capture.forward import Forward
-from perex.capture.labels import BATCHED, CONSTANT, LOST, SHARED, STRANGER, UNTRACKED, Labels
+from perex.capture.labels import BATCHED, CONSTANT, LOST, SHARED, STRANGER, UNTRACKED, Labels, Mark
 from perex.capture.meeting import Meeting
 from perex.capture.operators import NUMBERS, PASSED_OVER, READS_FIRST, body, composite, in_place, out_of_place
 from perex.capture.parameters import Entry, Parameters, Shared
@@ -71,9 +71,12 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.active or func in PASSED_OVER:
             return func(*args, **kwargs)
-        kinds = 0
+        labels, kinds = self.labels, 0
+        marks: list[tuple[Tensor, Mark]] = []
         for tensor in tensors_in(args[0]) if func in READS_FIRST else tensors_in(*args, kwargs):
-            kinds |= self.labels.kind(tensor)
+            mark = labels.of(tensor)
+            kinds |= labels.kind(tensor, mark)
+            marks.append((tensor, mark))
         if not kinds:
             return func(*args, **kwargs)
         if func in NUMBERS:
@@ -88,7 +91,7 @@ class Capture(TorchFunctionMode):
         if func is Tensor.__setitem__:
             return self.set_item(kinds, *args)
         if not torch.is_grad_enabled():
-            return self.follow(func, args, kwargs)
+            return self.follow(func, args, kwargs, marks)
         if kinds & SHARED and torch._C._are_functorch_transforms_active():
             raise self.refuse.unsupported(func, "uses a parameter inside torch.func (vmap, grad, jvp, ...)")
         if kinds & STRANGER and kinds & (SHARED | BATCHED):
@@ -97,11 +100,18 @@ class Capture(TorchFunctionMode):
             return self.meet(func, args, kwargs)
         if kinds & SHARED:
             return self.derive(func, args, kwargs)
-        return self.follow(func, args, kwargs, stand_ins=bool(kinds & UNTRACKED))
+        return self.follow(func, args, kwargs, marks, stand_ins=bool(kinds & UNTRACKED))
 
     # Examples without parameters
 
-    def follow(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], stand_ins: bool = False) -> Any:
+    def follow(
+        self,
+        func: Operator,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        marks: list[tuple[Tensor, Mark]],
+        stand_ins: bool = False,
+    ) -> Any:
         """Run an operator without wanted gradients, and label its results."""
         before = self.labels.batch_label(args[0]) if in_place(func) and isinstance(args[0], Tensor) else None
         if stand_ins:
@@ -109,7 +119,9 @@ class Capture(TorchFunctionMode):
         else:
             out = func(*args, **kwargs)
         produced = tensors_in(out)
-        for tensor, label in zip(produced, self.labels.of_results(func, args, kwargs, out, produced), strict=True):
+        for tensor, label in zip(
+            produced, self.labels.of_results(func, args, kwargs, out, produced, marks), strict=True
+        ):
             if torch.is_grad_enabled():
                 self.refuse.mixed(label)
                 if isinstance(label, Lost) and label.kind == "bent" and tensor.requires_grad:
@@ -200,13 +212,17 @@ class Capture(TorchFunctionMode):
     def set_item(self, kinds: int, target: Tensor, index: Any, value: Any) -> None:
         """`target[index] = value`: label what is written, and tap it where a parameter is written to examples."""
         shared = self.labels.source(value) is not None
-        if torch.is_grad_enabled() and shared and self.labels.kind(target) == BATCHED:
+        if torch.is_grad_enabled() and shared and self.labels.kind(target, self.labels.of(target)) == BATCHED:
             piece = target[index]
             label = self.labels.of_results(Tensor.__getitem__, (target, index), {}, piece, [piece])[0]
             self.labels.mark(piece, label)
             target[index] = self.meet(fill, (piece, value), {})
             return
-        if torch.is_grad_enabled() and self.labels.kind(target) == SHARED and not kinds & BATCHED:
+        if (
+            torch.is_grad_enabled()
+            and self.labels.kind(target, self.labels.of(target)) == SHARED
+            and not kinds & BATCHED
+        ):
             self.derive(Tensor.__setitem__, (target, index, value), {})
             return
         if torch.is_grad_enabled() and shared:
