@@ -151,11 +151,14 @@ class Tracker:
             what = f"of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise LossError(
                 f"losses: expected a tensor (B,) with one loss an example, got {what}. "
-                "Use a criterion with reduction='none', and average each example's own terms"
+                "Use a criterion with reduction='none', and average each example's own terms; `.squeeze(1)` a (B, 1)"
             )
         forwards = [forward for ref in self._pending if (forward := ref()) is not None]
-        if self._latest is None:
-            raise NotReadyError("backward: call the attached model first, with gradients enabled")
+        if self._session.closed:
+            raise NotReadyError("backward: this tracker is detached")
+        if self._latest is None or self._session.unseen is not None:
+            why = f"; {self._session.unseen}" if self._session.unseen else ""
+            raise NotReadyError(f"backward: call the attached model first, with gradients enabled{why}")
         forwards = forwards or [self._latest]  # a second backward, of a graph that was retained
         count = len(losses)
         sizes = [forward.batch for forward in forwards]
@@ -164,8 +167,11 @@ class Tracker:
                 f"losses: {count} losses for a forward of {' and '.join(map(str, sizes))} examples: there must be one "
                 "loss an example. Is the model's batch axis `batch_dim`?"
             )
+        self._result = None
         if not losses.requires_grad:
-            raise LossError("losses: they do not depend on any tracked parameter, or were computed under no_grad")
+            if any(forward.uses for forward in forwards):
+                raise LossError("losses: they do not depend on the model's outputs, or were computed under no_grad")
+            return  # no tracked parameter was used: norms are zero
         self._audit_losses(losses, forwards[-1].batch)
         weight = 1 / count if self._mean and count else 1.0
         self._losses, self._scale = count, 1 / weight
@@ -173,6 +179,8 @@ class Tracker:
             losses.backward(torch.full_like(losses, weight))
         finally:
             self._losses, self._scale = None, None
+        if self._result is None and any(forward.uses for forward in forwards):
+            raise LossError("losses: no gradient reached the attached model; are they of another's outputs?")
 
     def _audit_losses(self, losses: Tensor, batch: int) -> None:
         """Check that losses do not mix examples, when losses and outputs of these shapes are new."""
@@ -250,6 +258,9 @@ class Tracker:
         """An output gradient of a call has arrived: reduce or keep its factors."""
         forward = call.forward
         result = self._open(forward)
+        if self._session.closed:
+            why = "perex was detached between the forward and the backward: run the backward before detaching"
+            result.refuse(NotReadyError(why))
         if self._session.running and not forward.recomputed:
             result.refuse(NotReadyError("the last backward ran inside the model's forward: nothing to read from it"))
         if forward.recomputed:
@@ -308,7 +319,7 @@ class Tracker:
         self._result = result
         torch.autograd.Variable._execution_engine.queue_callback(result.finish)
         self._pending = []
-        self._session.fresh = True
+        self._session.consumed = True
         self._session.edges = []
         if forward is not None and not will_run(forward.sentinel):
             aliases = [entry.stand_in for entry in forward.uses if entry.stand_in is not None]
@@ -331,8 +342,14 @@ class Tracker:
     def _values(self, index: int) -> tuple[dict[Entry, Tensor], float]:
         """One quantity of the last backward, and what gradients are to be multiplied by."""
         result = self._result
+        latest = self._latest
+        if latest is not None and not latest.uses and (result is None or latest.number > result.number):
+            result = Result(-1, self._quantities, True, latest.number)  # no tracked parameter was used: all is zero
+            result.share(latest)
+            result.finish()
         if result is None:
-            raise NotReadyError("nothing to read yet: run a forward and a backward of the attached model")
+            why = f"; {self._session.unseen}" if self._session.unseen else ""
+            raise NotReadyError(f"nothing to read yet: run a forward and a backward of the attached model{why}")
         if self._latest is not None and self._latest.number > result.number:
             raise NotReadyError("nothing to read: the latest forward has not been followed by a backward yet")
         if result.error is not None:

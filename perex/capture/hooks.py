@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -34,7 +35,8 @@ class Reduce:
 
     def __call__(self, protocol: int) -> str | tuple[Any, ...]:
         """What the module's class answers, without the hooks."""
-        answer = type(self.module).__reduce_ex__(self.module, protocol)
+        with unhooked(self.module):
+            answer = type(self.module).__reduce_ex__(self.module, protocol)
         if not isinstance(answer, tuple) or len(answer) < 3 or not isinstance(answer[2], dict):
             return answer
         return *answer[:2], without_hooks(answer[2], hook_keys(self.module)), *answer[3:]
@@ -51,7 +53,8 @@ class Copy:
 
     def __call__(self, memo: dict[int, Any]) -> nn.Module:
         """The class's copy, without the hooks."""
-        copied: nn.Module = type(self.module).__deepcopy__(self.module, memo)  # type: ignore[attr-defined]
+        with unhooked(self.module):
+            copied: nn.Module = type(self.module).__deepcopy__(self.module, memo)  # type: ignore[attr-defined]
         copied.__dict__ = without_hooks(copied.__dict__, hook_keys(self.module))
         return copied
 
@@ -59,9 +62,27 @@ class Copy:
         """A copy needs none."""
 
 
+@contextlib.contextmanager
+def unhooked(module: nn.Module) -> Iterator[None]:
+    """Have a module without hooks for a while, for a class that copies itself in its own way."""
+    attributes = dict(module.__dict__)
+    module.__dict__.clear()
+    module.__dict__.update(without_hooks(attributes, hook_keys_in(attributes)))
+    try:
+        yield
+    finally:
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+
+
 def hook_keys(module: nn.Module) -> set[int]:
     """Under which keys a module's dictionaries hold perex's hooks."""
-    hooks = {**module._forward_pre_hooks, **module._forward_hooks}
+    return hook_keys_in(module.__dict__)
+
+
+def hook_keys_in(attributes: dict[str, Any]) -> set[int]:
+    """Under which keys the dictionaries among a module's attributes hold perex's hooks."""
+    hooks = {**attributes["_forward_pre_hooks"], **attributes["_forward_hooks"]}
     return {key for key, hook in hooks.items() if isinstance(hook, Hook)}
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from perex.capture.axis import Axis, Label, Lost
 from perex.capture.carry import Operation, carry, known, tensors_in
@@ -39,7 +40,7 @@ class Labels:
         self.key = key
         self.number = number
         self.batch = batch
-        self.foreign: list[Tensor] = []  # tensors that outlive the forward: cleaned when it ends
+        self.marked: list[weakref.ref[Tensor]] = []
 
     def of(self, tensor: Tensor) -> Mark:
         """The label of a tensor in this forward."""
@@ -59,27 +60,26 @@ class Labels:
     def mark(self, tensor: Tensor, label: Mark) -> None:
         """Give a tensor its label."""
         if label is not None:
+            if not hasattr(tensor, self.key):
+                self.marked.append(weakref.ref(tensor))
             setattr(tensor, self.key, (self.number, label))
         elif hasattr(tensor, self.key):
             delattr(tensor, self.key)
 
-    def mark_foreign(self, tensor: Tensor, label: Mark) -> None:
-        """Label a tensor that outlives the forward: an input, an output, or a buffer written in place."""
-        self.foreign.append(tensor)
-        self.mark(tensor, label)
-
     def rewrite(self, tensor: Tensor, label: Mark) -> None:
         """Label a tensor that was changed in place, and the tensor that it is a view of."""
-        self.mark_foreign(tensor, label)
+        self.mark(tensor, label)
         base = tensor._base
         if base is not None and label is not None and self.of(base) is None:
-            self.mark_foreign(base, Lost("unknown", "a view of a constant was overwritten with examples"))
+            self.mark(base, Lost("unknown", "a view of a constant was overwritten with examples"))
 
     def clean(self) -> None:
-        """Take the labels off tensors that outlive the forward."""
-        for tensor in self.foreign:
-            self.mark(tensor, None)
-        self.foreign.clear()
+        """Take the labels off all tensors that are still alive."""
+        for ref in self.marked:
+            tensor = ref()
+            if tensor is not None:
+                self.mark(tensor, None)
+        self.marked.clear()
 
     def kind(self, tensor: Tensor, label: Mark) -> int:
         """One of the kinds above for a tensor with this label, or 0 for a constant."""
@@ -90,6 +90,8 @@ class Labels:
         if not tensor.requires_grad:
             return 0
         entry = self.parameters.entries.get(id(tensor))
+        if entry is None and isinstance(tensor, nn.Parameter) and self.parameters.knows(tensor):
+            entry = self.parameters.entries[id(tensor)]
         if entry is not None:
             return SHARED if entry.tracked else UNTRACKED
         return STRANGER if tensor.grad_fn is not None else UNTRACKED

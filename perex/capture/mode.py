@@ -63,6 +63,7 @@ class Capture(TorchFunctionMode):
         self.active = True
         self.opaque: object | None = None  # the running module that a rule of its own covers
         self.inputs: list[Tensor] = []
+        self.ambiguous: str | None = None  # inputs of several sizes along the batch dimension
 
     def __torch_function__(
         self, func: Operator, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -93,7 +94,10 @@ class Capture(TorchFunctionMode):
         if not torch.is_grad_enabled():
             return self.follow(func, args, kwargs, marks)
         if kinds & SHARED and torch._C._are_functorch_transforms_active():
-            raise self.refuse.unsupported(func, "uses a parameter inside torch.func (vmap, grad, jvp, ...)")
+            raise self.refuse.unsupported(
+                func,
+                "uses a parameter inside torch.func (vmap, grad, jvp, ...): call the layer outside it, or detach first",
+            )
         if kinds & STRANGER and kinds & (SHARED | BATCHED):
             raise self.refuse.stranger(func)
         if kinds & SHARED and kinds & (BATCHED | LOST):
@@ -113,7 +117,7 @@ class Capture(TorchFunctionMode):
         stand_ins: bool = False,
     ) -> Any:
         """Run an operator without wanted gradients, and label its results."""
-        before = self.labels.batch_label(args[0]) if in_place(func) and isinstance(args[0], Tensor) else None
+        before = self.labels.batch_label(args[0]) if in_place(func) and args and isinstance(args[0], Tensor) else None
         if stand_ins:
             out = self.run(func, args, kwargs, detach=False)
         else:
@@ -126,7 +130,7 @@ class Capture(TorchFunctionMode):
                 self.refuse.mixed(label)
                 if isinstance(label, Lost) and label.kind == "bent" and tensor.requires_grad:
                     tensor.register_hook(self.refuse.when_differentiated(self.forward, label))
-            if not (in_place(func) and tensor is args[0]):
+            if not (in_place(func) and args and tensor is args[0]):
                 self.labels.mark(tensor, CONSTANT if label is None and tensor.requires_grad else label)
             elif label != before:
                 self.labels.rewrite(tensor, label)
@@ -253,5 +257,5 @@ class Capture(TorchFunctionMode):
         if bags != self.forward.batch and not self.forward.uses:
             self.forward.batch = self.labels.batch = bags
             for tensor in self.inputs:
-                self.labels.mark_foreign(tensor, Axis(0) if tensor.dim() and len(tensor) == bags else None)
+                self.labels.mark(tensor, Axis(0) if tensor.dim() and len(tensor) == bags else None)
         return BATCHED

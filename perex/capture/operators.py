@@ -75,12 +75,17 @@ def out_of_place(func: Callable[..., Any]) -> Callable[..., Any] | None:
     return found
 
 
+ANSWERS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+"""What torch's Python functions ask before they hand themselves to a mode."""
+
+
 @functools.cache
 def composite(func: Any) -> bool:
     """Whether an operator is a Python function over others, and no family knows it as a whole."""
     if func in FAMILIES or func in NUMBERS or not isinstance(func, types.FunctionType):
         return False
-    return func.__module__.startswith("torch") and not func.__module__.startswith("torch.autograd")
+    inside = func.__module__.startswith("torch") and not func.__module__.startswith("torch.autograd")
+    return inside and any(answer in func.__globals__ for answer in ANSWERS)
 
 
 def _no(*args: Any, **kwargs: Any) -> bool:
@@ -94,8 +99,7 @@ def body(func: types.FunctionType) -> Callable[..., Any]:
     torch's Python functions begin by handing themselves to an active mode when `has_torch_function` says
     so; this copy of the function, and of nothing it calls, answers no.
     """
-    answers = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-    scope = {**func.__globals__, **dict.fromkeys(answers, _no)}
+    scope = {**func.__globals__, **dict.fromkeys(ANSWERS, _no)}
     copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy

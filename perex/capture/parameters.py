@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from perex.capture.taps import Alias, identity
 from perex.errors import AttachError
 
-Selection = None | str | Iterable[str] | Callable[[str, nn.Parameter], bool]
+Choice = Callable[[str, nn.Parameter], bool]
+Selection = None | str | Iterable[str] | Choice
 
 
 @dataclass(eq=False)
@@ -64,17 +65,19 @@ class Shared(NamedTuple):
 Source = Entry | Shared
 
 
-def selector(params: Selection) -> Callable[[str, nn.Parameter], bool]:
+def selector(params: Any) -> Choice:
     """The predicate behind the `params` argument of `attach`: None, names or globs, or a predicate."""
     if params is None:
         return lambda name, parameter: True
-    if callable(params):
+    if callable(params) and not isinstance(params, nn.Module):
         return params
     patterns = [params] if isinstance(params, str) else list(params) if isinstance(params, Iterable) else [params]
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise AttachError(
-            f"params={params!r}: give names or globs such as 'layer4.*', or a function of (name, parameter)"
-        )
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise AttachError(
+                f"params: holds a {type(pattern).__name__}; give names or globs such as 'layer4.*', or a function of "
+                "(name, parameter)"
+            )
     return lambda name, parameter: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -96,28 +99,25 @@ class Parameters:
         self.param_grads = param_grads
         self.untapped = untapped
         self.entries: dict[int, Entry] = {}
-        self.refresh()
         try:
+            self.refresh()
             self.check(params)
-        except AttachError:
+        except BaseException:
             self.release()
             raise
 
     def check(self, params: Selection) -> None:
         """Raise where `params` selects nothing that can be tracked."""
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        if not names:
+            raise AttachError("the model has no parameters")
+        for pattern in params if isinstance(params, list) else [params] if isinstance(params, str) else []:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                inside = any(name.startswith(f"{pattern}.") for name in names)
+                hint = f"did you mean '{pattern}.*'?" if inside else f"it has {', '.join(names[:5])}, ..."
+                raise AttachError(f"params: {pattern!r} matches no parameter of the model; {hint}")
         if not any(entry.selected for entry in self):
-            some = ", ".join(entry.name for entry in list(self)[:5])
-            raise AttachError(
-                f"params={params!r} matches no parameter of the model; it has {some}, ..."
-                if some
-                else "the model has no parameters"
-            )
-        if isinstance(params, list):
-            names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
-            for pattern in params:
-                if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                    raise AttachError(f"params: {pattern!r} matches no parameter of the model")
-
+            raise AttachError(f"params: selects no parameter of the model, which has {', '.join(names[:5])}, ...")
         if not any(entry.tracked for entry in self):
             raise AttachError(
                 "no parameter that `params` selects requires grad: unfreeze what you want to track before attaching"
@@ -132,31 +132,41 @@ class Parameters:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             entry = found.get(id(parameter)) or self.entries.get(id(parameter))
             if entry is None or entry.parameter is not parameter:
-                entry = Entry(name, parameter, self.choose(name, parameter))
+                entry = Entry(name, parameter, self.chosen(name, parameter))
             elif not entry.selected:  # a tied parameter is asked for by any of its names
-                entry.selected = self.choose(name, parameter)
-            if entry.handle is None and entry.tracked:
-                entry.handle = self.watch(entry)
+                entry.selected = self.chosen(name, parameter)
             found[id(parameter)] = entry
         for key, entry in self.entries.items():
             if found.get(key) is not entry:
                 self.unwatch(entry)
         self.entries = found
-
-    def renew(self) -> None:
-        """Drop the stand-ins: the next use of a parameter makes a new one."""
         for entry in self:
-            entry.stand_in = None
+            if entry.handle is None and entry.tracked:
+                entry.handle = self.watch(entry)
+
+    def chosen(self, name: str, parameter: nn.Parameter) -> bool:
+        """What `params` says of a parameter."""
+        try:
+            return bool(self.choose(name, parameter))
+        except TypeError as error:
+            raise AttachError(f"params: a function is called with (name, parameter), and raised: {error}") from error
+
+    def knows(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter is the model's; one that the running forward has made is taken up."""
+        if id(parameter) not in self.entries:
+            self.refresh()
+        return id(parameter) in self.entries
 
     def read(self, entry: Entry) -> Tensor:
         """What an operator gets in place of a parameter.
 
         With `param_grads`, an alias through which gradients reach the parameter; otherwise a leaf of its own
-        for tracked parameters, from which derived tensors can be pulled back, and plain values for others.
+        for tracked parameters, from which derived tensors can be pulled back, and plain values for others. It is
+        made once, and again when the parameter's memory was replaced or it was frozen or unfrozen.
         """
-        if self.param_grads and not entry.tracked:
+        if not torch.is_grad_enabled() or (self.param_grads and not entry.tracked):
             return entry.parameter
-        if entry.stand_in is None:
+        if entry.stand_in is None or not stands_in(entry.stand_in, entry):
             if self.param_grads:
                 entry.stand_in = Alias.apply(entry, entry.parameter)
             else:
@@ -194,7 +204,20 @@ class Parameters:
         """Take all hooks off."""
         for entry in self:
             self.unwatch(entry)
-        self.renew()
+            entry.stand_in = None
+
+
+def stands_in(stand_in: Tensor, entry: Entry) -> bool:
+    """Whether a stand-in still shows its parameter: same memory, type and layout, tracked or not as before."""
+    parameter = entry.parameter
+    return (
+        stand_in.data_ptr() == parameter.data_ptr()
+        and stand_in.dtype == parameter.dtype
+        and stand_in.shape == parameter.shape
+        and stand_in.stride() == parameter.stride()
+        and stand_in.device == parameter.device
+        and stand_in.requires_grad == entry.tracked
+    )
 
 
 def pull_back(shared: Shared, grads: Tensor) -> list[tuple[Entry, Tensor]]:

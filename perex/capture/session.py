@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.parameter import UninitializedParameter
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from perex.capture.axis import Axis, Lost
 from perex.capture.forward import Forward, Receiver
 from perex.capture.hooks import hook
 from perex.capture.mode import Capture
 from perex.capture.parameters import Parameters, Selection
-from perex.errors import AttachError, UnsupportedError
+from perex.errors import AttachError, ExamplesMixError, UnsupportedError
 from perex.rules.registry import module_rule_for
 
 _sessions = itertools.count()
@@ -86,7 +91,11 @@ class Session:
         self.forwards = 0
         self.outputs: list[tuple[weakref.ref[Tensor], Axis | Lost]] = []  # of the latest forward
         self.edges: list[tuple[GradientEdge, Axis]] = []  # the same in the graph, until a backward or forward begins
-        self.fresh = False  # whether a backward came since the stand-ins were made
+        self.consumed = False  # whether a backward came since the latest forward
+        self.unseen: str | None = None  # why the latest call of the model began no forward, if so
+        self.thread = threading.get_ident()
+        self.caller: FrameType | None = None
+        self.closed = False
         self.parameters = Parameters(model, params, param_grads, untapped)
         try:
             self.undo = hook(model, self.enter, self.leave)
@@ -106,20 +115,30 @@ class Session:
                 f"{name} is being compiled while perex is attached: perex cannot see into compiled code. Call the "
                 "uncompiled model"
             )
+        if self.running and threading.get_ident() != self.thread:
+            if torch.is_grad_enabled():
+                raise AttachError("the attached model runs in two threads at once: attach to a copy in each thread")
+            return
+        if self.running and self.frames and not self.still_runs():  # the last run was broken off, by Ctrl-C say
+            self.abort()
         frame = Frame(path)
-        self.frames.append(frame)
         if self.running:
-            if self.capture is not None and self.capture.opaque is None:
-                self.open_module(frame, module, args, kwargs)
+            self.frames.append(frame)
+        elif not torch.is_grad_enabled():
+            self.unseen = "it was called under no_grad"
             return
-        if not torch.is_grad_enabled():
+        elif torch.jit.is_tracing():
+            raise AttachError("the model is being traced while perex is attached: detach first")
+        elif not self.begin(frame, args, kwargs):
             return
-        if self.begin(frame, args, kwargs):
+        refuse_batch_statistics(path, module)
+        if self.capture is not None and self.capture.opaque is None:
             self.open_module(frame, module, args, kwargs)
 
     def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """After a module's forward, also when it raised; may replace what it returned."""
-        if not self.frames or self.frames[-1].path != path:
+        other_thread = threading.get_ident() != self.thread
+        if not self.running or other_thread or not self.frames or self.frames[-1].path != path:
             return None
         frame = self.frames[-1]
         capture = self.capture
@@ -142,18 +161,20 @@ class Session:
         inputs = [tensor for tensor in tensors_of((args, kwargs)) if not isinstance(tensor, nn.Parameter)]
         batch = next((t.size(self.batch_dim) for t in inputs if t.dim() > self.batch_dim), None)
         if batch is None:
+            self.unseen = (
+                f"its inputs hold no tensor with a dimension {self.batch_dim}, where `batch_dim` says the examples are"
+            )
             return False
+        self.unseen = None
         recomputed = torch._C._current_graph_task_id() != -1
         capture = self.capture
         self.edges = []
         outputs = {id(t): label for ref, label in self.outputs if (t := ref()) is not None}
-        goes_on = capture is not None and not self.fresh and not recomputed and any(id(t) in outputs for t in inputs)
+        goes_on = capture is not None and not self.consumed and not recomputed and any(id(t) in outputs for t in inputs)
         if not goes_on:
             if not recomputed:
                 self.parameters.refresh()
-                if self.fresh or not self.parameters.param_grads:
-                    self.parameters.renew()
-                    self.fresh = False
+                self.consumed = False
                 self.forwards += 1
             tracked = [entry for entry in self.parameters if entry.tracked]
             number = -1 if recomputed else self.forwards
@@ -168,9 +189,14 @@ class Session:
         batch = capture.forward.batch
         for tensor in inputs:
             known = outputs.get(id(tensor)) if goes_on else None
-            capture.labels.mark_foreign(tensor, known or self.input_axis(tensor, batch))
+            capture.labels.mark(tensor, known or self.input_axis(tensor, batch))
+        sizes = {t.size(self.batch_dim) for t in inputs if t.dim() > self.batch_dim} - {1}
+        capture.ambiguous = f"sizes {sorted(sizes)}" if len(sizes) > 1 else None
         frame.begins = True
+        self.frames = [frame]
+        self.caller = sys._getframe(3)  # of this function, `enter` and the hook: torch's call of the module
         self.running = True
+        self.thread = threading.get_ident()
         capture.__enter__()
         return True
 
@@ -182,18 +208,18 @@ class Session:
         """
         again = Forward(-1, self.receiver, forward.batch, forward.path, forward.tracked)
         capture = Capture(self.parameters, again, self.key, self.where, self.recomputing)
-        before = self.capture, self.running
-        self.capture, self.running = capture, True
+        before = self.capture, self.running, self.frames, self.caller
+        self.capture, self.running, self.frames, self.caller = capture, True, [], None
         for tensor in tensors_of(args):
             axis = self.input_axis(tensor, forward.batch)
             dims = [dim for dim, size in enumerate(tensor.shape) if size == forward.batch]
-            capture.labels.mark_foreign(tensor, axis or (Axis(dims[0]) if dims else None))
+            capture.labels.mark(tensor, axis or (Axis(dims[0]) if dims else None))
         try:
             with capture:
                 yield
         finally:
             capture.labels.clean()
-            self.capture, self.running = before
+            self.capture, self.running, self.frames, self.caller = before
 
     def input_axis(self, tensor: Tensor, batch: int) -> Axis | None:
         """The batch axis of an input: `batch_dim`, or dimension 0 of one that has fewer dimensions."""
@@ -202,14 +228,29 @@ class Session:
 
     def end(self) -> None:
         """The outermost module has returned."""
-        self.running = False
+        self.running, self.caller = False, None
         if self.capture is not None:
-            self.capture.__exit__(None, None, None)
+            self.capture.forward.tracked = [entry for entry in self.parameters if entry.tracked]
+            take_off(self.capture)
             self.capture.opaque = None
             self.capture.inputs = []
             self.capture.labels.clean()
             if self.capture.forward.recomputed:
                 self.capture = None
+
+    def still_runs(self) -> bool:
+        """Whether the call that began the running forward is among the callers of this one."""
+        if self.caller is None:  # a recomputation, which cleans up after itself
+            return True
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.caller:
+            frame = frame.f_back
+        return frame is not None
+
+    def abort(self) -> None:
+        """Clear up after a forward that never came to its end."""
+        self.frames = []
+        self.end()
 
     def open_module(self, frame: Frame, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """From here on a module with a rule of its own is one operator."""
@@ -237,7 +278,12 @@ class Session:
                 self.edges.append((get_gradient_edge(tensor), label))
             if isinstance(label, (Axis, Lost)):
                 self.outputs.append((weakref.ref(tensor), label))
-                capture.labels.foreign.append(tensor)
+            if isinstance(label, Axis) and label.dim != self.batch_dim and capture.ambiguous is not None:
+                raise UnsupportedError(
+                    f"the model's inputs have {capture.ambiguous} along dimension {self.batch_dim}. perex took the "
+                    f"first for the batch, {capture.forward.batch}, but the output has that at dimension {label.dim}: "
+                    "hand the batch over first"
+                )
             if not isinstance(label, Lost) or not tensor.requires_grad:
                 continue
             if label.kind == "reduced" and tensor.dim():
@@ -252,13 +298,37 @@ class Session:
         """Take everything off the model."""
         for undo in self.undo:
             undo()
-        self.undo = []
+        self.undo, self.edges, self.outputs, self.closed = [], [], [], True
+        if self.running:
+            self.abort()
         self.parameters.release()
-        if self.capture is not None:
-            self.edges = []
-            self.capture.active = False
-            self.capture.labels.clean()
-            self.capture = None
+        self.capture = None
+
+
+def take_off(capture: Capture) -> None:
+    """Take a capture off the stack of function modes, wherever in it a broken run has left it."""
+    above: list[Any] = []
+    while any(mode is capture for mode in _get_current_function_mode_stack()):
+        mode = _pop_mode()
+        if mode is not capture:
+            above.append(mode)
+    for mode in reversed(above):
+        _push_mode(mode)
+
+
+def refuse_batch_statistics(path: str, module: nn.Module) -> None:
+    """Raise before a batch norm in training mode runs, and so before it changes its running statistics."""
+    if not isinstance(module, BATCH_NORMS) or not any(type(module).forward is c.forward for c in BATCH_NORMS):
+        return
+    if module.training or module.running_mean is None:
+        raise ExamplesMixError(
+            f"Module '{path}' is a {type(module).__name__} that normalises by statistics of the batch, so every "
+            "example depends on all others. Call `.eval()` on this module (to use its running statistics; it needs "
+            "some), or replace it by GroupNorm, LayerNorm or InstanceNorm"
+        )
+
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def compiling() -> bool:
@@ -272,6 +342,8 @@ def check_model(model: nn.Module) -> None:
         raise AttachError(f"attach needs a torch.nn.Module, not {type(model).__name__}")
     for path, module in model.named_modules():
         name = f"module '{path}'" if path else "the model"
+        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+            raise AttachError(f"{name} has no parameters yet: run one batch through the model first")
         if isinstance(module, torch.jit.ScriptModule):
             raise AttachError(f"{name} is scripted: perex cannot see into it. Attach to the Python model")
         if isinstance(module, nn.DataParallel):
