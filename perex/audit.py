@@ -12,7 +12,7 @@ from perex.capture.axis import Axis
 from perex.errors import ExamplesMixError
 
 
-def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Axis]], batch: int) -> None:
+def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Axis]], batch: int, first: int = 0) -> None:
     r"""Raise if a loss depends on the outputs of other examples than its own.
 
     With weights $w_i$ on the losses, row $o_j$ of an output gets $\sum_i w_i \, \partial \ell_i / \partial o_j$. If
@@ -24,24 +24,26 @@ def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Axis]], b
         losses: `(N,)`, one loss an example; N is the batch, or a multiple of it with further forwards.
         outputs: where the model's outputs are in the graph, and their batch axes.
         batch: number of examples in the outputs, B.
+        first: which loss is that of the outputs' first example.
 
     Raises:
         ExamplesMixError: a loss depends on other examples.
     """
     edges = [edge for edge, _ in outputs]
-    if not edges or len(losses) != batch or batch < 2:
+    if not edges or len(losses) < first + batch or len(losses) < 2:
         return
-    numbers = torch.arange(batch, device=losses.device)
+    numbers = torch.arange(len(losses), device=losses.device)
     plain = pulled(losses, edges, torch.ones_like(losses))
     half = any(grad is not None and grad.dtype.itemsize < 4 for grad in plain)
     bits = 1 if half or losses.dtype.itemsize < 4 else 5  # of a digit: half precision has no room for more
-    for shift in range(0, (batch - 1).bit_length(), bits):
+    for shift in range(0, (len(losses) - 1).bit_length(), bits):
         weights = 2 ** (numbers >> shift & (2**bits - 1))
+        own = weights[first : first + batch]
         for grad, once, (_, axis) in zip(pulled(losses, edges, weights.to(losses)), plain, outputs, strict=True):
             if grad is None or once is None or grad.numel() == 0:
                 continue
             found = axis.front(grad, batch).reshape(batch, -1)
-            expected = axis.front(once, batch).reshape(batch, -1) * weights.to(once).unsqueeze(1)
+            expected = axis.front(once, batch).reshape(batch, -1) * own.to(once).unsqueeze(1)
             slack = 8 * torch.finfo(found.dtype).eps * expected.abs().amax(1, keepdim=True).nan_to_num()
             close = (found - expected).abs() <= slack
             same = close | (found == expected) | (found.isnan() & expected.isnan())

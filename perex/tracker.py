@@ -172,7 +172,7 @@ class Tracker:
             if any(forward.uses for forward in forwards):
                 raise LossError("losses: they do not depend on the model's outputs, or were computed under no_grad")
             return  # no tracked parameter was used: norms are zero
-        self._audit_losses(losses, forwards[-1].batch)
+        self._audit_losses(losses, forwards)
         weight = 1 / count if self._mean and count else 1.0
         self._losses, self._scale = count, 1 / weight
         try:
@@ -182,13 +182,18 @@ class Tracker:
         if self._result is None and any(forward.uses for forward in forwards):
             raise LossError("losses: no gradient reached the attached model; are they of another's outputs?")
 
-    def _audit_losses(self, losses: Tensor, batch: int) -> None:
+    def _audit_losses(self, losses: Tensor, forwards: Sequence[Forward]) -> None:
         """Check that losses do not mix examples, when losses and outputs of these shapes are new."""
-        edges, self._session.edges = self._session.edges, []
-        shapes = len(losses), tuple(edge.node.name() for edge, _ in edges), tuple(axis for _, axis in edges)
-        if self._audit and shapes not in self._audited:
-            check_losses(losses, edges, batch)
-            self._audited.add(shapes)
+        edges, self._session.edges = dict(self._session.edges), []
+        further = len(losses) == sum(forward.batch for forward in forwards)
+        first = 0
+        for forward in forwards:
+            outputs = edges.get(forward.number, [])
+            kind = len(losses), first, *((edge.node.name(), axis) for edge, axis in outputs)
+            if self._audit and kind not in self._audited:
+                check_losses(losses, outputs, forward.batch, first)
+                self._audited.add(kind)
+            first += forward.batch if further else 0
 
     def norms(self, by: By | None = None) -> Tensor | dict[str, Tensor]:
         r"""Per-example gradient norms $\|\partial \ell_b / \partial \theta\|$ of the last backward.

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from oracle import no_trace
+from oracle import check, no_trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -312,3 +312,161 @@ def test_inputs_that_disagree_about_the_batch():
     model = Compared()
     with perex.attach(model), pytest.raises(perex.PerexError, match=r"sizes \[3, 6\]"):
         model(torch.randn(3, 4), torch.randn(6, 4))
+
+
+# Numbers that were wrong, each by an attack; `check` is against the loop, `refused` by name.
+
+
+class Bare(nn.Module):
+    """A model in a line: parameters by name, and a function of the model and its input."""
+
+    def __init__(self, function, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.function = function
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, dtype=torch.float64)))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self, *inputs)
+
+
+def merged(m: Bare, x: Tensor) -> Tensor:
+    w = m.w.clone()
+    w += m.b @ m.a
+    return x @ w
+
+
+def merged_by_call(m: Bare, x: Tensor) -> Tensor:
+    return F.linear(x, m.w.clone().add_(m.b @ m.a))
+
+
+def put_in(m: Bare, x: Tensor) -> Tensor:
+    w = m.w * 1
+    view = w.t()
+    w[0] = m.a[0]
+    return x @ w + x @ view
+
+
+def masked_token(m: Bare, x: Tensor) -> Tensor:
+    h = x @ m.w
+    h[x[..., 0] > 0] = m.a[0]
+    return h
+
+
+def first_row(m: Bare, x: Tensor) -> Tensor:
+    h = x @ m.w
+    h[:, 0] = m.a[None, :1]
+    return h
+
+
+def seen(m: Bare, x: Tensor) -> Tensor:
+    mask = torch.zeros(len(x), 4, dtype=x.dtype)
+    mask[torch.arange(len(x))[:, None], x.argmax(2)] = 1
+    return (x @ m.w) * mask[:, None]
+
+
+EXACT = [merged, merged_by_call, put_in, masked_token, first_row, seen]
+
+
+@pytest.mark.parametrize("function", EXACT, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("size", [(3, 5, 4), (4, 4, 4), (1, 5, 4)])
+def test_exact_after_all(function, size):
+    torch.manual_seed(0)
+    check(Bare(function, w=(4, 4), a=(2, 4), b=(4, 2)), (torch.randn(size, dtype=torch.float64),))
+
+
+@pytest.mark.parametrize("first", [(1, 4), (1,)])
+def test_an_input_with_one_row_is_shared(first):
+    shared, x = torch.randn(first, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    model = Bare(lambda m, s, x: x @ m.w + (s * m.a[:1]), w=(4, 4), a=(2, 4))
+    losses = model(shared, x).sin().sum(1)
+    expected = [
+        torch.stack([g.norm() for g in torch.autograd.grad(loss, [model.w, model.a], retain_graph=True)]).norm()
+        for loss in losses
+    ]
+    with perex.attach(model) as px:
+        model(shared, x).sin().sum(1).mean().backward()
+        torch.testing.assert_close(px.norms(), torch.stack(expected))
+
+
+def test_bilinear_with_a_constant_of_the_batch():
+    layer = nn.Bilinear(4, 3, 2).double()
+    model = Bare(lambda m, x: m.layer(x, torch.ones(len(x), 3, dtype=x.dtype)))
+    model.layer = layer
+    check(model, (torch.randn(5, 4, dtype=torch.float64),))
+
+
+def decayed(m: Bare, x: Tensor) -> Tensor:
+    p = m.a[0].clone()
+    y = x + p
+    p.mul_(0.5)
+    return y + p
+
+
+def seen_by_all(m: Bare, x: Tensor) -> Tensor:
+    mask = torch.zeros(4, dtype=x.dtype)
+    mask[x.argmax(2)] = 1
+    return (x @ m.w) * mask
+
+
+MIXING = {
+    "changed after use": decayed,
+    "seen by all": seen_by_all,
+    "stack by axis": lambda m, x: torch.softmax(x @ m.w, axis=0),
+    "cumsum by axis": lambda m, x: torch.cumsum(x @ m.w, axis=0),
+    "fftshift": lambda m, x: torch.fft.fftshift(x @ m.w),
+    "diff": lambda m, x: torch.diff(x @ m.w, dim=0, prepend=torch.zeros(1, *x.shape[1:], dtype=x.dtype)),
+    "linspace": lambda m, x: (x @ m.w) * torch.linspace(x.min(), x.max(), 4, dtype=x.dtype),
+    "full": lambda m, x: (x @ m.w) * torch.full((4,), x.mean(), dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("case", MIXING)
+@pytest.mark.parametrize("param_grads", [True, False])
+def test_refused_after_all(case, param_grads):
+    model = Bare(MIXING[case], w=(4, 4), a=(2, 4))
+    x = torch.randn(4, 4, 4, dtype=torch.float64)
+    with perex.attach(model, param_grads=param_grads) as px, pytest.raises((perex.PerexError, RuntimeError)) as error:
+        model(x).sin().sum((1, 2)).mean().backward()
+        px.norms()
+    assert isinstance(error.value, perex.PerexError) or (case == "changed after use" and param_grads)
+
+
+LOSSES = {
+    "a column against a row": lambda out, y: F.mse_loss(out[:, :1], y[:, 0]),
+    "another order": lambda out, y: F.mse_loss(out.t(), y),
+    "dot": lambda out, y: torch.dot(out.flatten(), y.t().flatten()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")  # torch warns of the same mistake
+@pytest.mark.parametrize("case", LOSSES)
+def test_losses_in_the_model_that_pair_examples(case):
+    model = Bare(lambda m, x, y: LOSSES[case](x @ m.w, y), w=(4, 4))
+    x, y = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+    with perex.attach(model), pytest.raises(perex.PerexError, match="pairs examples|arranges the rows"):
+        model(x, y)
+
+
+@pytest.mark.parametrize("taken", [lambda n: n.item(), int], ids=["item", "int"])
+def test_a_mean_by_a_count_that_left_torch(taken):
+    """The denominator is the batch's, not the example's: no mean of the examples' own losses."""
+    model = Bare(lambda m, x, mask: ((x @ m.w).sum(1) * mask).sum() / taken(mask.sum()), w=(4, 4))
+    mask = torch.tensor([1, 0, 1, 1])
+    with perex.attach(model) as px:
+        model(torch.randn(4, 4, dtype=torch.float64), mask).backward()
+        with pytest.raises(perex.ExamplesMixError, match="reduces the batch"):
+            px.norms()
+
+
+def test_contrastive_losses_over_two_forwards():
+    model, x = net(), torch.randn(6, 4)
+    for forwards in (None, "further"):
+        with perex.attach(model, forwards=forwards) as px:
+            first, second = model(x), model(x + 0.1)
+            with pytest.raises(perex.ExamplesMixError, match="losses"):
+                px.backward(F.cross_entropy(second @ first.t(), torch.arange(6), reduction="none"))
+        with perex.attach(model, forwards=forwards) as px:
+            z = F.normalize(torch.cat([model(x), model(x + 0.1)]))
+            with pytest.raises(perex.ExamplesMixError, match="losses"):
+                px.backward((z @ z.t()).logsumexp(1))

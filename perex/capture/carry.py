@@ -134,7 +134,9 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
             lost = label
     handler = FAMILIES.get(func)
     if handler is factory:
-        return None
+        values = operation.inputs[1:] if operation.name.startswith("new_") else operation.inputs
+        numbers = [tensor for tensor, label in values if label is not None and tensor.is_floating_point()]
+        return operation.bent("makes a tensor of values of several examples") if numbers else None
     if operation.batch == 1 and (batched or lost is not None or getattr(handler, "decides", False)):
         return alone(operation, handler, lost)
     if lost is not None:
@@ -149,7 +151,7 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         return operation.unknown("is an operator perex does not know")
     try:
         return handler(operation)
-    except (IndexError, KeyError):
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError):
         return operation.unknown("is called in a form that perex does not follow: pass its tensors by position")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from perex.capture.axis import Axis, Label, Lost
 from perex.capture.carry import Operation, carry, known, tensors_in
-from perex.capture.parameters import Parameters, Shared, Source
+from perex.capture.parameters import Entry, Parameters, Shared, Source
 from perex.rules.registry import OPERATORS
 
 BATCHED, SHARED, LOST, STRANGER, UNTRACKED = 1, 2, 4, 8, 16
@@ -41,6 +41,8 @@ class Labels:
         self.number = number
         self.batch = batch
         self.marked: list[weakref.ref[Tensor]] = []
+        self.derived: dict[Entry, Tensor] = {}  # what derived tensors were made of, over the whole forward
+        self.rewritten = False  # whether one of them was changed in place
 
     def of(self, tensor: Tensor) -> Mark:
         """The label of a tensor in this forward."""
@@ -104,7 +106,10 @@ class Labels:
         if entry is not None:
             return entry if entry.tracked else None
         label = self.of(value)
-        return label if isinstance(label, Shared) else None
+        if not isinstance(label, Shared):
+            return None
+        made_of = self.derived if self.rewritten else dict(zip(label.entries, label.stand_ins, strict=True))
+        return Shared(label.tensor, tuple(made_of), tuple(made_of.values()), label.tensor._version)
 
     def stand_in(self, value: Any) -> Any:
         """What an operator gets for an argument that may be a parameter, or derived from some."""
@@ -131,7 +136,7 @@ class Labels:
         if marks is None:
             marks = [(tensor, self.of(tensor)) for tensor in tensors_in(*args, kwargs)]
         inputs = [(tensor, mark if isinstance(mark, (Axis, Lost)) else None) for tensor, mark in marks]
-        operation = Operation(plain_name(func), args, kwargs, out, produced, inputs, self.batch)
+        operation = Operation(plain_name(func), args, renamed(kwargs), out, produced, inputs, self.batch)
         if func in OPERATORS and not known(func):  # a user's rule, for an operator that keeps the axis
             found: Label | list[Label] = next((axis for _, axis in operation.batched()), None)
         else:
@@ -151,29 +156,42 @@ class Labels:
         """What the labels of an operator's results would be if `tensor` had the batch axis `trial`."""
         inputs = [(t, trial if t is tensor else self.batch_label(t)) for t in tensors_in(*args, kwargs)]
         produced = tensors_in(out)
-        found = carry(Operation(plain_name(func), args, kwargs, out, produced, inputs, self.batch), func)
+        found = carry(Operation(plain_name(func), args, renamed(kwargs), out, produced, inputs, self.batch), func)
         return found if isinstance(found, list) else [found] * len(produced)
 
-    def written(self, target: Tensor, index: Any, value: Tensor) -> Label:
-        """The label of a tensor after rows of examples, `value`, were written to `target[index]`."""
+    def written(self, target: Tensor, index: Any, value: Any) -> Label:
+        """The label of a tensor after `target[index] = value`, where index or value hold examples.
+
+        A tensor that held none has the axis with which reading `target[index]` would give what was written its own.
+        """
         piece = target[index]
-        own, before = self.axis(value), self.batch_label(target)
-        assert own is not None
-        want = own.moved(own.dim - value.dim() + piece.dim())
+        own, before = self.axis(value) if isinstance(value, Tensor) else None, self.batch_label(target)
+        want = None if own is None else own.moved(own.dim - value.dim() + piece.dim())
         for dim, size in enumerate(target.shape):
-            trial = own.moved(dim)
-            if size != own.size(self.batch) or (before is not None and before != trial):
+            trial = Axis(dim) if own is None else own.moved(dim)
+            if size != trial.size(self.batch) or (before is not None and before != trial):
                 continue
-            if self.with_trial(target, trial, Tensor.__getitem__, (target, index), {}, piece) == [want]:
+            (found,) = self.with_trial(target, trial, Tensor.__getitem__, (target, index), {}, piece)
+            if isinstance(found, Axis) and want in (None, found):
                 return trial
         if self.batch == 1 and target.dim():
             return Axis(0, 1, target.size(0))
-        kind = "unknown" if before is None else "mixed"
+        kind = "unknown" if before is None and own is not None else "mixed"
         return Lost(kind, "`__setitem__` writes rows of examples where perex cannot follow them")
+
+
+OTHER_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x1": "input", "x2": "other"}
+
+
+def renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by torch's own names, where the call used NumPy's."""
+    return {OTHER_NAMES.get(name, name): value for name, value in kwargs.items()}
 
 
 @functools.cache
 def plain_name(func: Any) -> str:
     """An operator's name, without what marks dunder and in-place forms."""
-    name = getattr(func, "__name__", str(func))
+    name: str = getattr(func, "__name__", str(func))
+    for space in ("fft_", "linalg_", "special_"):
+        name = name.removeprefix(space)
     return name.strip("_") if name.startswith("__") else name.rstrip("_")

@@ -66,11 +66,11 @@ class Meeting:
         call = self.record(func, rule, packed_args, packed_kwargs, tensors, slots, out_axes)
         if rule is GENERAL:
             call.kept = list(range(len(tensors)))
-            for index in call.kept:
-                if call.axes[index] is None:
-                    axis = self.aligned_rows(tensors[index], func, args, kwargs, out, out_axes)
-                    if axis is not None:
-                        call.rows[index] = axis
+        for index in call.kept:
+            if call.axes[index] is None:
+                axis = self.aligned_rows(tensors[index], func, args, kwargs, out, out_axes)
+                if axis is not None:
+                    call.rows[index] = axis
         return self.tap(call, out, [values[i] if sources[i] is None else values[i].detach() for i in call.kept])
 
     def module(self, module: nn.Module, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from perex.capture.axis import Axis, Lost
-from perex.capture.carry import FAMILIES, tensors_in
+from perex.capture.axis import Axis, Label, Lost
+from perex.capture.carry import FAMILIES, Operation, tensors_in
 from perex.capture.families.elementwise import aligned
 from perex.capture.forward import Forward
 from perex.capture.labels import BATCHED, CONSTANT, LOST, SHARED, STRANGER, UNTRACKED, Labels, Mark
@@ -28,7 +28,23 @@ from perex.rules.registry import OPERATORS
 
 Operator = Callable[..., Any]
 
-FAMILIES[fill] = aligned  # an operator of perex's own
+
+def masked_write(target: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    """What `target` holds after `target[mask] = value`."""
+    written = target.clone()
+    written[mask] = value
+    return written
+
+
+def leading(operation: Operation) -> Label:
+    """The axis of a tensor whose leading dimensions are those of a mask."""
+    axes = {axis for _, axis in operation.batched()}
+    if len(axes) > 1 or not operation.only(*operation.args[:2]):
+        return operation.mixed("pairs examples with each other")
+    return axes.pop()
+
+
+FAMILIES[fill], FAMILIES[masked_write] = aligned, leading  # operators of perex's own
 
 
 class Capture(TorchFunctionMode):
@@ -63,6 +79,7 @@ class Capture(TorchFunctionMode):
         self.active = True
         self.opaque: object | None = None  # the running module that a rule of its own covers
         self.inputs: list[Tensor] = []
+        self.counted: Lost | None = None  # an integer over the batch that left torch: a length, or a denominator
         self.ambiguous: str | None = None  # inputs of several sizes along the batch dimension
 
     def __torch_function__(
@@ -131,7 +148,7 @@ class Capture(TorchFunctionMode):
                 if isinstance(label, Lost) and label.kind == "bent" and tensor.requires_grad:
                     tensor.register_hook(self.refuse.when_differentiated(self.forward, label))
             if not (in_place(func) and args and tensor is args[0]):
-                self.labels.mark(tensor, CONSTANT if label is None and tensor.requires_grad else label)
+                self.labels.mark(tensor, CONSTANT if label is None and tensor.grad_fn is not None else label)
             elif label != before:
                 self.labels.rewrite(tensor, label)
         return out
@@ -151,10 +168,12 @@ class Capture(TorchFunctionMode):
         return self.run(func, args, kwargs, detach=not self.parameters.param_grads)
 
     def take_out(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Give out Python numbers, unless they were computed over the batch."""
+        """Give out Python numbers, unless they were computed over the batch; integers are remembered."""
         label = self.labels.of(args[0])
         if isinstance(label, Lost) and args[0].is_floating_point():
             raise self.refuse.taken_out(label, func)
+        if isinstance(label, Lost):
+            self.counted = label
         return func(*args, **kwargs)
 
     # Parameters without examples
@@ -173,6 +192,11 @@ class Capture(TorchFunctionMode):
                 entries.update(zip(source.entries, source.stand_ins, strict=True))
             elif source is not None:
                 entries[source] = self.parameters.read(source)
+        self.labels.derived.update(entries)
+        if args and (in_place(func) or func is Tensor.__setitem__):
+            self.labels.rewritten = True
+            if isinstance(held := self.labels.of(args[0]), Shared):
+                self.labels.mark(args[0], Shared(held.tensor, tuple(entries), tuple(entries.values())))
         same = {id(stand_in): tensor for stand_in, tensor in zip(stand_ins, tensors, strict=True)}
         names = ", ".join(entry.name for entry in entries)
 
@@ -217,7 +241,12 @@ class Capture(TorchFunctionMode):
         """`target[index] = value`: label what is written, and tap it where a parameter is written to examples."""
         shared = self.labels.source(value) is not None
         if torch.is_grad_enabled() and shared and self.labels.kind(target, self.labels.of(target)) == BATCHED:
+            if isinstance(index, Tensor) and index.dtype == torch.bool and value.dim() <= target.dim() - index.dim():
+                self.write_where(target, index, value)
+                return
             piece = target[index]
+            while value.dim() > piece.dim():  # as torch does: leading dimensions of size one may be too many
+                value = self.derive(Tensor.squeeze, (value, 0), {})
             label = self.labels.of_results(Tensor.__getitem__, (target, index), {}, piece, [piece])[0]
             self.labels.mark(piece, label)
             target[index] = self.meet(fill, (piece, value), {})
@@ -234,7 +263,12 @@ class Capture(TorchFunctionMode):
             raise self.refuse.unsupported(Tensor.__setitem__, why)
         before = self.labels.of(target)
         target[index] = self.labels.stand_in(value)
-        if kinds & LOST or isinstance(before, Shared):
+        if any(self.labels.batch_label(t) is not None for t in tensors_in(index)):
+            held = self.labels.written(target, index, value)
+            if torch.is_grad_enabled():
+                self.refuse.mixed(held)
+            self.labels.rewrite(target, held)
+        elif kinds & LOST or isinstance(before, Shared):
             self.labels.rewrite(target, Lost("unknown", "`__setitem__` writes what perex cannot follow"))
         elif isinstance(value, Tensor) and self.labels.axis(value) is not None:
             held = self.labels.written(target, index, value)
@@ -242,6 +276,12 @@ class Capture(TorchFunctionMode):
                 self.refuse.mixed(held)
             if before is None or before != held:
                 self.labels.rewrite(target, held)
+
+    def write_where(self, target: Tensor, mask: Tensor, value: Tensor) -> None:
+        """`target[mask] = value` with one value for all positions."""
+        before = target.clone()
+        self.labels.mark(before, self.labels.of(target))
+        target.copy_(self.meet(masked_write, (before, mask, value), {}))
 
     def settle_bags(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Bags given by offsets are the examples, whatever the first input's size had suggested.

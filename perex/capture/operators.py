@@ -14,7 +14,7 @@ from perex.capture.carry import FAMILIES
 
 METADATA = """
     __bool__ __contains__ __deepcopy__ __dir__ __dlpack__ __dlpack_device__ __format__ __hash__
-    __index__ __int__ __len__ __reduce_ex__ __repr__ __setstate__
+    __index__ __len__ __reduce_ex__ __repr__ __setstate__
     _is_view _version allclose backward data_ptr dense_dim dim dim_order element_size equal get_device has_names
     is_coalesced is_complex is_conj is_contiguous is_distributed is_floating_point is_inference is_neg
     is_nonzero is_pinned is_same_size is_set_to is_shared is_signed is_sparse ndimension nelement numel
@@ -43,7 +43,9 @@ def _metadata() -> frozenset[Any]:
 PASSED_OVER = _metadata()
 """Operators that capture lets through unseen."""
 
-NUMBERS = frozenset({Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__complex__, Tensor.__array__})
+NUMBERS = frozenset(
+    {Tensor.item, Tensor.__int__, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__complex__, Tensor.__array__}
+)
 """Operators that take numbers out of torch, where nothing can be followed."""
 
 READS_FIRST = frozenset({Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as})

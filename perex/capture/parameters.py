@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from perex.capture.taps import Alias, identity
-from perex.errors import AttachError
+from perex.errors import AttachError, UnsupportedError
 
 Choice = Callable[[str, nn.Parameter], bool]
 Selection = None | str | Iterable[str] | Choice
@@ -55,11 +55,13 @@ class Shared(NamedTuple):
         tensor: the derived tensor.
         entries: the tracked parameters it derives from.
         stand_ins: the tensors that were read in place of those, from which `tensor`'s graph starts.
+        version: `tensor`'s version when it met examples.
     """
 
     tensor: Tensor
     entries: tuple[Entry, ...]
     stand_ins: tuple[Tensor, ...]
+    version: int = 0
 
 
 Source = Entry | Shared
@@ -233,6 +235,11 @@ def pull_back(shared: Shared, grads: Tensor) -> list[tuple[Entry, Tensor]]:
     Returns:
         A pair of parameter and `(B, *parameter.shape)` for each parameter that S depends on.
     """
+    if shared.tensor._version != shared.version:
+        names = ", ".join(entry.name for entry in shared.entries)
+        raise UnsupportedError(
+            f"a tensor derived from {names} was changed in place after it had been used: change a clone of it instead"
+        )
     grads = grads.to(shared.tensor.dtype)
 
     def product(grad: Tensor, batched: bool) -> tuple[Tensor | None, ...]:

@@ -90,7 +90,8 @@ class Session:
         self.running = False
         self.forwards = 0
         self.outputs: list[tuple[weakref.ref[Tensor], Axis | Lost]] = []  # of the latest forward
-        self.edges: list[tuple[GradientEdge, Axis]] = []  # the same in the graph, until a backward or forward begins
+        self.edges: list[tuple[int, list[tuple[GradientEdge, Axis]]]] = []
+        """For each forward since the last backward (two at most), its number and where its outputs are in the graph."""
         self.consumed = False  # whether a backward came since the latest forward
         self.unseen: str | None = None  # why the latest call of the model began no forward, if so
         self.thread = threading.get_ident()
@@ -159,7 +160,13 @@ class Session:
     def begin(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Begin a forward with the outermost module call, or go on with one whose outputs are its inputs."""
         inputs = [tensor for tensor in tensors_of((args, kwargs)) if not isinstance(tensor, nn.Parameter)]
-        batch = next((t.size(self.batch_dim) for t in inputs if t.dim() > self.batch_dim), None)
+        candidates = [tensor for tensor in inputs if tensor.dim() > self.batch_dim]
+        sizes = [tensor.size(self.batch_dim) for tensor in candidates]
+        batch = sizes[0] if sizes else None
+        if batch == 1:  # perhaps shared by all examples, as position ids are: then another input has more rows
+            ndim = candidates[0].dim()
+            rows = (size for size, t in zip(sizes, candidates, strict=True) if size > 1 and t.dim() >= ndim)
+            batch = next(rows, 1)
         if batch is None:
             self.unseen = (
                 f"its inputs hold no tensor with a dimension {self.batch_dim}, where `batch_dim` says the examples are"
@@ -168,7 +175,6 @@ class Session:
         self.unseen = None
         recomputed = torch._C._current_graph_task_id() != -1
         capture = self.capture
-        self.edges = []
         outputs = {id(t): label for ref, label in self.outputs if (t := ref()) is not None}
         goes_on = capture is not None and not self.consumed and not recomputed and any(id(t) in outputs for t in inputs)
         if not goes_on:
@@ -190,8 +196,8 @@ class Session:
         for tensor in inputs:
             known = outputs.get(id(tensor)) if goes_on else None
             capture.labels.mark(tensor, known or self.input_axis(tensor, batch))
-        sizes = {t.size(self.batch_dim) for t in inputs if t.dim() > self.batch_dim} - {1}
-        capture.ambiguous = f"sizes {sorted(sizes)}" if len(sizes) > 1 else None
+        several = sorted(set(sizes) - {1})
+        capture.ambiguous = f"sizes {several}" if len(several) > 1 else None
         frame.begins = True
         self.frames = [frame]
         self.caller = sys._getframe(3)  # of this function, `enter` and the hook: torch's call of the module
@@ -271,11 +277,13 @@ class Session:
 
     def take_outputs(self, capture: Capture, out: Any) -> None:
         """Remember where the examples are in the outputs; refuse those in which they are mixed, or may be."""
-        self.outputs, self.edges = [], []
+        self.outputs = []
+        edges: list[tuple[GradientEdge, Axis]] = []
+        self.edges = [*self.edges[-1:], (capture.forward.number, edges)]
         for tensor in tensors_of(out):
             label = capture.labels.of(tensor)
             if isinstance(label, Axis) and tensor.requires_grad:
-                self.edges.append((get_gradient_edge(tensor), label))
+                edges.append((get_gradient_edge(tensor), label))
             if isinstance(label, (Axis, Lost)):
                 self.outputs.append((weakref.ref(tensor), label))
             if isinstance(label, Axis) and label.dim != self.batch_dim and capture.ambiguous is not None:
@@ -286,8 +294,9 @@ class Session:
                 )
             if not isinstance(label, Lost) or not tensor.requires_grad:
                 continue
-            if label.kind == "reduced" and tensor.dim():
-                tensor.register_hook(capture.refuse.when_differentiated(capture.forward, label))
+            if label.kind == "reduced" and (tensor.dim() or capture.counted is not None):
+                why = label if capture.counted is None else capture.counted
+                tensor.register_hook(capture.refuse.when_differentiated(capture.forward, why))
             if label.kind in ("mixed", "unknown", "refused"):
                 raise UnsupportedError(
                     f"perex cannot tell the examples apart in an output of the model: {label.why}. "

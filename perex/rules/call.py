@@ -107,7 +107,7 @@ class Captured:
     def examples(self, name: str) -> Tensor:
         """Argument `name` with examples in front, `(B, *rest)`; a constant is given to each example."""
         index = self.call.template(name).number
-        axis, value = self.call.axes[index], widen(self.tensors[index])
+        axis, value = self.call.axes[index] or self.call.rows.get(index), widen(self.tensors[index])
         return value.expand(self.batch, *value.shape) if axis is None else axis.front(value, self.batch)
 
     def value(self, name: str) -> Any:

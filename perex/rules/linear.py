@@ -25,7 +25,6 @@ def summed(rows: Tensor, shape: torch.Size) -> Tensor:
 @operator_rule(F.linear, arguments="input weight bias", parameters="weight bias", saves={"weight": "input"})
 def linear(captured: Captured) -> dict[str, Factor]:
     r"""`F.linear`: $W$ is `(d_out, d_in)`, and the bias's gradient is $\sum_t g_{bt}$."""
-    grad = positions(captured.grad)
     factors: dict[str, Factor] = {}
     if captured.wants("weight"):
         weight = captured.shape("weight")
@@ -33,7 +32,7 @@ def linear(captured: Captured) -> dict[str, Factor]:
             x = captured.examples("input")
             factors["weight"] = Dense(summed(captured.grad.unsqueeze(-1) * x, weight))
         else:
-            factors["weight"] = Outer(grad, positions(captured.examples("input")), weight)
+            factors["weight"] = Outer(positions(captured.grad), positions(captured.examples("input")), weight)
     if captured.wants("bias"):
         factors["bias"] = Dense(summed(captured.grad, captured.shape("bias")))
     return factors

@@ -15,7 +15,11 @@ from perex.capture.families.elementwise import aligned
 )
 def pointwise_loss(op: Operation) -> Label:
     """Losses of one number an element."""
-    return aligned(op) if op.kwargs.get("reduction") == "none" else op.reduced()
+    if op.kwargs.get("reduction") == "none":
+        return aligned(op)
+    ndim = max(tensor.dim() for tensor, _ in op.inputs)
+    places = {axis.moved(axis.dim - tensor.dim() + ndim) for tensor, axis in op.batched()}
+    return op.reduced() if len(places) == 1 else op.mixed("pairs examples with each other: do the shapes agree?")
 
 
 @family(
@@ -28,6 +32,8 @@ def row_loss(op: Operation) -> Label:
     """Losses of one number a row, classes on dimension 1."""
     axes = {axis for _, axis in op.batched()}
     axis = axes.pop()
+    if axes:
+        return op.mixed("pairs examples with each other: are input and target in the same order?")
     if op.kwargs.get("reduction") != "none":
         return uneven(op, axis) or op.reduced()
     inputs = [op.arg(i, name) for i, name in enumerate(("input", "target", "negative"))]

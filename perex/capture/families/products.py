@@ -12,9 +12,10 @@ from perex.capture.families.elementwise import aligned
 @family("matmul mm bmm mv dot vdot vecdot")
 def matmul(op: Operation) -> Label:
     """`(..., m, k) @ (..., k, n)`; one-dimensional arguments lose the dimension they lend."""
-    x, y = (op.args[1], op.args[0]) if op.name == "__rmatmul__" else op.args[:2]
+    x, y = (op.args[1], op.args[0]) if op.name == "rmatmul" else op.args[:2]
     if op.name in ("vdot", "vecdot", "dot"):
-        return op.contracted() if x.dim() == 1 == y.dim() else op.unknown()
+        agrees = len({axis for _, axis in op.batched()}) == 1
+        return op.contracted() if agrees and x.dim() == 1 == y.dim() else op.unknown()
     out = result_tensor(op)
     places = set()
     for tensor, other, contracted, row in ((x, y, -1, -2), (y, x, -2, -1)):
@@ -23,7 +24,10 @@ def matmul(op: Operation) -> Label:
             continue
         back = axis.dim - tensor.dim()
         if tensor.dim() == 1 or back == contracted:
-            return op.contracted()
+            facing = op.axis(other)
+            place = -1 if other.dim() == 1 or contracted == -2 else -2
+            agrees = facing is None or (facing.dim - other.dim() == place and facing.moved(0) == axis.moved(0))
+            return op.contracted() if agrees else op.mixed("pairs examples with each other")
         if back == row:
             places.add(axis.moved(out.dim() - 1 if row == -1 or other.dim() == 1 else out.dim() - 2))
         else:

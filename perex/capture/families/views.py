@@ -178,7 +178,10 @@ def narrow(op: Operation) -> Label:
 @family("diff", in_place=False)
 def diff(op: Operation) -> Label:
     """Differences of neighbours along a dimension."""
-    return picked(op, op.arg(2, "dim", -1), drops=False)
+    found = only(op)
+    if found is None:
+        return op.unknown()
+    return op.mixed() if normal(op.arg(2, "dim", -1), found[0].dim()) == found[1].dim else found[1]
 
 
 @family("split chunk tensor_split split_with_sizes hsplit vsplit dsplit unbind", in_place=False)
