@@ -47,7 +47,8 @@ def attach(
         loss_reduction: how the loss that is run backward comes from the examples' losses: `"mean"` or `"sum"`.
         batch_dim: the dimension of the model's inputs that holds the examples.
         param_grads: whether `.grad` is computed too. With False it is left alone, and weight gradients are
-            never computed: the fastest way when only statistics are wanted.
+            never computed: the fastest way when only statistics are wanted. (torch may then choose other kernels,
+            as it does for frozen weights, so outputs agree to rounding; with True they are the same to the bit.)
         forwards: what several forwards before one backward hold: the `"same"` examples, as the two sides of
             a siamese network, or `"further"` ones. None refuses what it cannot know.
 

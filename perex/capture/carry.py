@@ -108,6 +108,9 @@ class Operation:
 
 FAMILIES: dict[Any, Handler] = {}
 
+DECIDES: set[Handler] = set()
+"""Handlers that find the batch axis even where no argument has one."""
+
 
 def known(func: Any) -> bool:
     """Whether an operator belongs to a family."""
@@ -137,7 +140,7 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         values = operation.inputs[1:] if operation.name.startswith("new_") else operation.inputs
         numbers = [tensor for tensor, label in values if label is not None and tensor.is_floating_point()]
         return operation.bent("makes a tensor of values of several examples") if numbers else None
-    if operation.batch == 1 and (batched or lost is not None or getattr(handler, "decides", False)):
+    if operation.batch == 1 and (batched or lost is not None or handler in DECIDES):
         return alone(operation, handler, lost)
     if lost is not None:
         if lost.kind in ("reduced", "bent") and batched:
@@ -145,7 +148,7 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         if lost.kind == "reduced" and not keeps_sums(operation):
             return Lost("bent", f"{lost.why}, and `{operation.name}` makes of the outcome what is no sum over examples")
         return lost
-    if not batched and not getattr(handler, "decides", False):
+    if not batched and handler not in DECIDES:
         return None
     if handler is None:
         return operation.unknown("is an operator perex does not know")

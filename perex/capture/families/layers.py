@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from perex.capture.axis import Axis, Label
-from perex.capture.carry import FAMILIES, Operation, family, normal, result_tensor
+from perex.capture.carry import DECIDES, FAMILIES, Operation, family, normal, result_tensor
 from perex.capture.families.elementwise import aligned
 
 
@@ -74,7 +74,7 @@ def embedding_bag(op: Operation) -> Label:
     return Axis(0)
 
 
-embedding_bag.decides = True  # type: ignore[attr-defined]  # bags are examples, whatever the ids are
+DECIDES.add(embedding_bag)  # bags are examples, whatever the ids are
 
 
 @family(

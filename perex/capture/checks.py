@@ -1,0 +1,48 @@
+"""What perex refuses before it runs: models and modules whose operators it could not follow."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from perex.errors import AttachError, ExamplesMixError
+
+
+def refuse_batch_statistics(path: str, module: nn.Module) -> None:
+    """Raise before a batch norm in training mode runs, and so before it changes its running statistics."""
+    if not isinstance(module, BATCH_NORMS) or not any(type(module).forward is c.forward for c in BATCH_NORMS):
+        return
+    if module.training or module.running_mean is None:
+        raise ExamplesMixError(
+            f"Module '{path}' is a {type(module).__name__} that normalises by statistics of the batch, so every "
+            "example depends on all others. Call `.eval()` on this module (to use its running statistics; it needs "
+            "some), or replace it by GroupNorm, LayerNorm or InstanceNorm"
+        )
+
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def compiling() -> bool:
+    """Whether `torch.compile` is tracing this code (a constant for type checkers, so behind a function)."""
+    return bool(torch.compiler.is_compiling())
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models whose operators perex would not see."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"attach needs a torch.nn.Module, not {type(model).__name__}")
+    for path, module in model.named_modules():
+        name = f"module '{path}'" if path else "the model"
+        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+            raise AttachError(f"{name} has no parameters yet: run one batch through the model first")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise AttachError(f"{name} is scripted: perex cannot see into it. Attach to the Python model")
+        if isinstance(module, nn.DataParallel):
+            raise AttachError(
+                f"{name} is nn.DataParallel, which runs copies of the model in threads. Use DistributedDataParallel, "
+                "or attach to the module inside and run it on one device"
+            )
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise AttachError(f"{name} is compiled: perex cannot see into it. Attach to the uncompiled model")
