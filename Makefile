@@ -13,7 +13,7 @@ READY   := $(VENV)/.ready
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(READY)  ## make .venv with the package and what development needs
+setup: $(READY)  ## make .venv with the package and what development needs (a minute or two, once)
 
 # The stamp is written last: an interrupted set-up leaves none, and the next one starts from an empty .venv.
 $(READY): pyproject.toml constraints.txt

@@ -51,7 +51,6 @@ def attach(
             as it does for frozen weights, so outputs agree to rounding; with True they are the same to the bit.)
         forwards: what several forwards before one backward hold: the `"same"` examples, as the two sides of
             a siamese network, or `"further"` ones. None refuses what it cannot know.
-
         audit: whether `px.backward(losses)` checks that each loss depends on its own example's outputs alone, for
             losses and outputs of shapes that are new.
 
@@ -111,6 +110,11 @@ class Tracker:
 
     # The contract
 
+    def __repr__(self) -> str:
+        names = [entry.name for entry in self._session.parameters if entry.tracked]
+        state = "detached" if self._session.closed else f"attached; {len(names)} parameters tracked"
+        return f"Tracker({state})"
+
     def __enter__(self) -> Tracker:
         return self
 
@@ -166,7 +170,8 @@ class Tracker:
         if count not in sizes and count != sum(sizes):
             raise LossError(
                 f"losses: {count} losses for a forward of {' and '.join(map(str, sizes))} examples: there must be one "
-                "loss an example. Is the model's batch axis `batch_dim`?"
+                "loss an example. Average the losses of an example's own tokens or pixels; or is the batch axis "
+                "another than `batch_dim`?"
             )
         self._result = None
         if not losses.requires_grad:
