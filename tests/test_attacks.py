@@ -409,7 +409,15 @@ def seen_by_all(m: Bare, x: Tensor) -> Tensor:
     return (x @ m.w) * mask
 
 
+def earlier_view(m: Bare, x: Tensor) -> Tensor:
+    buffer = torch.zeros(len(x), 4, 4, dtype=x.dtype)
+    view = buffer.view(-1)
+    buffer[:, 0] = x[:, 0]
+    return (x @ m.w) * view.sum()
+
+
 MIXING = {
+    "view taken before a write": earlier_view,
     "changed after use": decayed,
     "seen by all": seen_by_all,
     "stack by axis": lambda m, x: torch.softmax(x @ m.w, axis=0),

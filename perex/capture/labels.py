@@ -22,6 +22,8 @@ CONSTANT = "constant"
 """The label of what derives from untracked parameters, and is not a stranger for that."""
 
 
+EARLIER_VIEW = Lost("unknown", "a view was taken of a tensor before examples were written into it")
+
 Mark = Axis | Lost | Shared | str | None
 
 
@@ -47,7 +49,10 @@ class Labels:
     def of(self, tensor: Tensor) -> Mark:
         """The label of a tensor in this forward."""
         number, label = getattr(tensor, self.key, (None, None))
-        return label if number == self.number else None
+        if number == self.number:
+            return label
+        base = tensor._base  # a view taken before examples were written into what it is a view of
+        return EARLIER_VIEW if base is not None and getattr(base, self.key, (None,))[0] == self.number else None
 
     def batch_label(self, tensor: Tensor) -> Label:
         """The label, as far as examples are concerned."""
