@@ -10,29 +10,37 @@ from perex.errors import (
     UnsupportedError,
 )
 from perex.quantities import Quantity
+from perex.report import Report, Row
 from perex.rules import broadcast, convolution, embedding, linear, normalization  # noqa: F401  (they register)
 from perex.rules.call import Captured
 from perex.rules.registry import module_rule, operator_rule
 from perex.scoring import Scores, ScoringError, score
 from perex.tracker import Tracker, attach
+from perex.verification import Comparison, Verification
+from perex.verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttachError",
     "Captured",
+    "Comparison",
     "ExamplesMixError",
     "LossError",
     "NotReadyError",
     "PerexError",
     "Quantity",
+    "Report",
+    "Row",
     "Scores",
     "ScoringError",
     "Tracker",
     "UnsupportedError",
+    "Verification",
     "attach",
     "factors",
     "module_rule",
     "operator_rule",
     "score",
+    "verify",
 ]

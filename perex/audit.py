@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from perex.capture.axis import Axis
+from perex.capture.axis import Held
 from perex.errors import ExamplesMixError
 
 
-def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Axis]], batch: int, first: int = 0) -> None:
+def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Held]], batch: int, first: int = 0) -> None:
     r"""Raise if a loss depends on the outputs of other examples than its own.
 
     With weights $w_i$ on the losses, row $o_j$ of an output gets $\sum_i w_i \, \partial \ell_i / \partial o_j$. If
@@ -29,7 +29,7 @@ def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Axis]], b
     Raises:
         ExamplesMixError: a loss depends on other examples.
     """
-    edges = [edge for edge, _ in outputs]
+    edges = behind_sinks(losses, [edge for edge, _ in outputs])
     if not edges or len(losses) < first + batch or len(losses) < 2:
         return
     numbers = torch.arange(len(losses), device=losses.device)
@@ -59,3 +59,25 @@ def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Axis]], b
 def pulled(losses: Tensor, edges: Sequence[GradientEdge], weights: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the weighted sum of losses with respect to the outputs."""
     return torch.autograd.grad(losses, list(edges), weights, retain_graph=True, allow_unused=True)
+
+
+SINK = "_DDPSinkBackward"
+"""The node behind the outputs of `DistributedDataParallel`. Its first run starts what synchronises a static graph."""
+
+
+def behind_sinks(losses: Tensor, edges: Sequence[GradientEdge]) -> list[GradientEdge]:
+    """The same edges, or for those that lead out of a sink the edges into it, so that it does not run."""
+    places = {(edge.node, edge.output_nr): number for number, edge in enumerate(edges)}
+    found, ends = list(edges), {edge.node for edge in edges}
+    seen, waiting = set(), [losses.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or node in ends:
+            continue
+        seen.add(node)
+        for number, source in enumerate(node.next_functions):
+            place = None if source[0] is None else places.get((source[0], source[1]))
+            if place is not None and node.name() == SINK:
+                found[place] = GradientEdge(node, number)
+            waiting.append(source[0])
+    return found

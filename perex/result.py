@@ -53,6 +53,7 @@ class Result:
         self.shares: dict[Forward, Share] = {}
         self.losses = losses
         self.scale = scale
+        self.scaled: Tensor | None = None
         self.error: PerexError | None = None
         self.finished = False
 
@@ -78,9 +79,11 @@ class Result:
         if self.alone and len(factors) == forward.uses[entry]:
             self.close([share], entry)
 
-    def overflow(self, forward: Forward, where: Tensor) -> None:
-        """Note examples whose half-precision gradients became infinite, `(B,)` booleans."""
+    def overflow(self, forward: Forward, where: Tensor, examples: list[int] | None = None) -> None:
+        """Note examples whose half-precision gradients became infinite: booleans `(B,)`, or of some `examples`."""
         share = self.share(forward)
+        if examples is not None:
+            where = where.new_zeros(forward.batch).index_copy(0, torch.tensor(examples, device=where.device), where)
         share.overflowed = where if share.overflowed is None else share.overflowed | where
 
     def close(self, shares: list[Share], entry: Entry) -> None:

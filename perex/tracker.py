@@ -11,17 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from perex.audit import check_losses
+from perex.capture.derived import of_parameters
 from perex.capture.forward import Forward
-from perex.capture.parameters import Entry, Selection, Shared, pull_back
+from perex.capture.parameters import Entry, Selection, Shared
 from perex.capture.session import Session
 from perex.errors import ArgumentError, AttachError, LossError, NotReadyError, PerexError, UnsupportedError
-from perex.factors import Dense, Factor
+from perex.factors import Factor, Few
 from perex.quantities import Quantity, SquaredNorms
-from perex.report import Report
+from perex.report import Report, rows_of, shared_of
 from perex.result import Result
-from perex.rules.call import Call, Captured, widen
+from perex.rules.call import Call, Captured
 
 By = Literal["parameter", "module"]
+
+STRAY = (
+    "In module '{}', rows that belong to no example go through a parameter in `{}` and have a part in the loss, so perex "
+    "cannot say whose gradient theirs is. Leave such rows out of the loss, or make them rows of an example"
+)
 
 
 def attach(
@@ -33,6 +39,7 @@ def attach(
     param_grads: bool = True,
     forwards: Literal["same", "further"] | None = None,
     audit: bool = True,
+    grad_scaler: torch.amp.GradScaler | None = None,
 ) -> Tracker:
     r"""Attach perex to a model, to read per-example gradient norms after a backward.
 
@@ -53,6 +60,8 @@ def attach(
             a siamese network, or `"further"` ones. None refuses what it cannot know.
         audit: whether `px.backward(losses)` checks that each loss depends on its own example's outputs alone, for
             losses and outputs of shapes that are new.
+        grad_scaler: the scaler of the loss that is run backward, as in `scaler.scale(loss).backward()`: norms are then
+            of the loss before scaling. `px.backward(losses)` scales by itself.
 
     Returns:
         A `Tracker`, which is also a context manager that detaches on exit.
@@ -75,10 +84,12 @@ def attach(
         raise AttachError(f"forwards={forwards!r}: it is None, 'same' or 'further'")
     if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
         raise AttachError(f"batch_dim={batch_dim!r}: it is a dimension of the inputs, counted from 0")
+    if grad_scaler is not None and not callable(getattr(grad_scaler, "scale", None)):
+        raise AttachError(f"grad_scaler: expected a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
     for quantity in quantities:
         if not isinstance(quantity, Quantity):
             raise AttachError(f"{quantity!r} is no perex.Quantity; parameters are chosen with `params=`")
-    return Tracker(model, quantities, params, loss_reduction, batch_dim, param_grads, forwards, audit)
+    return Tracker(model, quantities, params, loss_reduction, batch_dim, param_grads, forwards, audit, grad_scaler)
 
 
 class Tracker:
@@ -94,6 +105,7 @@ class Tracker:
         param_grads: bool,
         forwards: Literal["same", "further"] | None,
         audit: bool,
+        grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
         self._quantities: list[Quantity] = [SquaredNorms(), *quantities]
         self._mean = loss_reduction == "mean"
@@ -101,6 +113,7 @@ class Tracker:
         self._param_grads = param_grads
         self._relation = forwards
         self._audit = audit
+        self._scaler = grad_scaler
         self._audited: set[tuple[object, ...]] = set()
         self._latest: Forward | None = None
         self._pending: list[weakref.ref[Forward]] = []
@@ -182,7 +195,8 @@ class Tracker:
         weight = 1 / count if self._mean and count else 1.0
         self._losses, self._scale = count, 1 / weight
         try:
-            losses.backward(torch.full_like(losses, weight))
+            run = losses if self._scaler is None else self._scaler.scale(losses)
+            run.backward(torch.full_like(run, weight))
         finally:
             self._losses, self._scale = None, None
         if self._result is None and any(forward.uses for forward in forwards):
@@ -223,6 +237,9 @@ class Tracker:
         """Squares of `norms`, which add up over parameters. See there."""
         values, scale = self._values(0)
         squared = {entry: value * scale**2 for entry, value in values.items()}
+        scaled = self._result.scaled if self._result is not None else None
+        if scaled is not None:
+            squared = {entry: value / scaled.to(value) ** 2 for entry, value in squared.items()}
         if by == "parameter":
             return {entry.name: value for entry, value in squared.items()}
         if by == "module":
@@ -241,7 +258,8 @@ class Tracker:
     def read(self, quantity: Quantity) -> dict[str, Tensor]:
         """The values of a further quantity given to `attach`, by parameter.
 
-        They are of the loss that was run backward: with a mean over the batch, 1/B of each example's own.
+        They are of the loss that was run backward: with a mean over the batch, 1/B of each example's own, and scaled
+        where it was scaled.
 
         Args:
             quantity: the object that was given.
@@ -255,9 +273,40 @@ class Tracker:
         return {entry.name: value for entry, value in values.items()}
 
     def report(self) -> Report:
-        """Which rule or path each use of a parameter took in the latest forward; print it."""
-        paths = [] if self._latest is None else self._latest.paths
-        return Report(paths, [entry.name for entry in self._session.parameters if entry.tracked])
+        """How the norm of each use of a parameter in the latest forward was found, and what it cost; print it.
+
+        Returns:
+            A `Report` of one row for each operator in which tracked parameters met examples: rule, way to the norm,
+            shapes, operations and memory. Below it, what parameters share, which were not used, and why reading would
+            be refused, if it would.
+
+        Example:
+            >>> import torch, perex
+            >>> model = torch.nn.Linear(3, 2)
+            >>> with perex.attach(model) as px:
+            ...     px.backward(model(torch.ones(4, 3)).sum(1))
+            >>> row = px.report().rows[0]
+            >>> row.operator, row.way, row.input, row.parameters
+            ('linear', 'one position', '(B, 3)', ('weight', 'bias'))
+        """
+        entries = list(self._session.parameters)
+        tracked = [entry.name for entry in entries if entry.tracked]
+        latest = self._latest
+        if latest is None:
+            return Report((), tracked)
+        names: dict[Entry, list[str]] = {entry: [] for entry in entries if entry.tracked}
+        owners = {id(entry.parameter): entry for entry in names}
+        for name, parameter in self._session.parameters.model.named_parameters(remove_duplicate=False):
+            if id(parameter) in owners:
+                names[owners[id(parameter)]].append(name)
+        refused = None
+        if self._result is not None and self._result.number >= latest.number:
+            try:
+                self._values(0)
+            except PerexError as error:
+                refused = f"{type(error).__name__}: {error}"
+        forwards = 1 if self._result is None else len(self._result.shares)
+        return Report(rows_of(latest), tracked, latest.batch, refused, shared_of(latest, names), forwards)
 
     # What capture hands over
 
@@ -282,23 +331,20 @@ class Tracker:
                 )
             )
             return
+        if any(grad is not None and axis.stray(grad) for grad, axis in zip(grads, call.out_axes, strict=True)):
+            result.refuse(UnsupportedError(STRAY.format(call.where, call.name)))
         device = saved[0].device.type if saved else "cpu"
         with torch.no_grad(), torch.autocast(device, enabled=False):
             captured = Captured(call, saved, grads)
             self._note_overflow(result, call, grads)
             factors = call.rule.function(captured)
+            forward.arrived(call, grads)
             for slot, source in call.slots.items():
                 factor = check_factor(call, slot, factors.get(slot), captured.batch)
-                if isinstance(source, Shared):
-                    with torch.enable_grad():
-                        pulled = pull_back(source, factor.dense(0, captured.batch))
-                    for entry in source.entries:
-                        grad = next((g for e, g in pulled if e is entry), None)
-                        if grad is None:
-                            grad = torch.zeros(captured.batch, *entry.parameter.shape).to(entry.parameter)
-                        result.add(forward, entry, Dense(widen(grad)))
-                else:
-                    result.add(forward, source, factor)
+                for entry, part in of_parameters(source, factor):
+                    own = part if call.examples is None else Few(part, call.examples, forward.batch)
+                    forward.made(call, entry, own)
+                    result.add(forward, entry, own)
 
     def refuse(self, error: PerexError) -> None:
         """The running backward's numbers would be wrong: keep the reason for whoever reads them."""
@@ -327,6 +373,7 @@ class Tracker:
         alone = all(found is forward for found in waiting)
         number = self._latest.number if self._latest is not None else 0
         result = Result(task, self._quantities, alone, number, self._losses, self._scale)
+        result.scaled = self._scaling()
         self._result = result
         torch.autograd.Variable._execution_engine.queue_callback(result.finish)
         self._pending = []
@@ -343,12 +390,21 @@ class Tracker:
                 )
         return result
 
+    def _scaling(self) -> Tensor | None:
+        """What the loss of the running backward was multiplied by, as the scaler has it now; it waits for no device."""
+        if self._scaler is None:
+            return None
+        device = next(iter(self._session.parameters)).parameter.device
+        with torch.no_grad():
+            scale: Tensor = self._scaler.scale(torch.ones((), device=device))
+        return scale
+
     def _note_overflow(self, result: Result, call: Call, grads: Sequence[Tensor | None]) -> None:
         """Remember examples whose half-precision gradients became infinite."""
         for grad, axis in zip(grads, call.out_axes, strict=True):
             if grad is not None and grad.dtype in (torch.float16, torch.bfloat16):
-                rows = axis.front(grad, call.forward.batch).reshape(call.forward.batch, -1)
-                result.overflow(call.forward, rows.isinf().any(1) & ~rows.isnan().any(1))
+                rows = axis.front(grad, call.batch).reshape(call.batch, -1)
+                result.overflow(call.forward, rows.isinf().any(1) & ~rows.isnan().any(1), call.examples)
 
     def _values(self, index: int) -> tuple[dict[Entry, Tensor], float]:
         """One quantity of the last backward, and what gradients are to be multiplied by."""

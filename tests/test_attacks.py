@@ -452,8 +452,9 @@ LOSSES = {
 def test_losses_in_the_model_that_pair_examples(case):
     model = Bare(lambda m, x, y: LOSSES[case](x @ m.w, y), w=(4, 4))
     x, y = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
-    with perex.attach(model), pytest.raises(perex.PerexError, match="pairs examples|arranges the rows"):
-        model(x, y)
+    with perex.attach(model) as px, pytest.raises(perex.PerexError, match="pairs examples|arranges the rows"):
+        model(x, y).backward()
+        px.norms()
 
 
 @pytest.mark.parametrize("taken", [lambda n: n.item(), int], ids=["item", "int"])

@@ -70,7 +70,7 @@ def test_the_report_names_the_rule(calls):
     subject = model(Scale(4))
     with perex.attach(subject) as px:
         subject(torch.randn(5, 3, dtype=torch.float64)).sum(1).mean().backward()
-        rows = {row[0]: row[2] for row in px.report().rows}
+        rows = {row.module: row.rule for row in px.report().rows}
     assert rows == {"0": "linear", "2": "scale", "3": "linear"}
 
 

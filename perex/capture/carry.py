@@ -7,14 +7,14 @@ perex then refuses rather than guesses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perex.capture.axis import Axis, Label, Lost
+from perex.capture.axis import Axis, Held, Label, Lost, Single, agreed
 
 Handler = Callable[["Operation"], Any]
 
@@ -44,6 +44,7 @@ class Operation:
         results: the tensors in that.
         inputs: its tensor arguments, each with what is known of its examples.
         batch: number of examples, B.
+        doubt: a count over several examples that had a say in what the examples get, if one had.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Operation:
     results: list[Tensor]
     inputs: list[tuple[Tensor, Label]]
     batch: int
+    doubt: Lost | None = None
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """The argument at `position`, or called `name`."""
@@ -68,6 +70,15 @@ class Operation:
         """The batch axis of an argument; None for what is the same for all examples."""
         label = self.label(value)
         return label if isinstance(label, Axis) else None
+
+    def held(self, value: Any) -> Held | None:
+        """The batch axis of an argument, or the one example that it belongs to."""
+        label = self.label(value)
+        return label if isinstance(label, (Axis, Single)) else None
+
+    def agreed(self, axes: Iterable[Axis]) -> Label:
+        """One label for rows that are matched, if each has one example."""
+        return agreed(axes, self.batch) or self.mixed("pairs examples with each other")
 
     def batched(self) -> list[tuple[Tensor, Axis]]:
         """The tensor arguments that have a batch axis, with it."""
@@ -111,6 +122,12 @@ FAMILIES: dict[Any, Handler] = {}
 DECIDES: set[Handler] = set()
 """Handlers that find the batch axis even where no argument has one."""
 
+JOINS: set[Handler] = set()
+"""Handlers that put tensors of single examples together."""
+
+REFUSES: set[Handler] = set()
+"""Handlers of layers with settings that are refused for a batch of one too."""
+
 
 def known(func: Any) -> bool:
     """Whether an operator belongs to a family."""
@@ -129,25 +146,42 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         differ.
     """
     lost: Lost | None = None
-    batched = False
+    single: Single | None = None
+    batched = counted = False
     for _, label in operation.inputs:
         if isinstance(label, Axis):
             batched = True
-        elif isinstance(label, Lost) and (lost is None or lost.kind == "reduced"):
-            lost = label
+        elif isinstance(label, Single):
+            batched = batched or single not in (None, label)
+            single = label
+        elif isinstance(label, Lost):
+            if label.kind in COUNTS:
+                counted = True
+            if lost is None or lost.kind in ("reduced", *COUNTS):
+                lost = label
     handler = FAMILIES.get(func)
     if handler is factory:
+        operation.doubt = lost if counted else None
         values = operation.inputs[1:] if operation.name.startswith("new_") else operation.inputs
         numbers = [tensor for tensor, label in values if label is not None and tensor.is_floating_point()]
-        return operation.bent("makes a tensor of values of several examples") if numbers else None
-    if operation.batch == 1 and (batched or lost is not None or handler in DECIDES):
-        return alone(operation, handler, lost)
+        if numbers and not isinstance(single, Single):
+            return operation.bent("makes a tensor of values of several examples")
+        return None if not numbers else single
+    if counted and lost is not None and lost.kind in COUNTS:
+        if not batched and single is None:
+            return counts(operation, lost)
+        lost = chooses(operation, lost)
     if lost is not None:
-        if lost.kind in ("reduced", "bent") and batched:
+        if lost.kind in ("reduced", "bent") and (batched or single is not None):
             return Lost("mixed", f"{lost.why}, and `{operation.name}` gives the outcome back to every example")
         if lost.kind == "reduced" and not keeps_sums(operation):
             return Lost("bent", f"{lost.why}, and `{operation.name}` makes of the outcome what is no sum over examples")
         return lost
+    if single is not None and not batched:
+        found = handler(operation) if handler in REFUSES else None
+        return found if isinstance(found, Lost) and found.kind == "refused" else single
+    if single is not None and handler not in JOINS:
+        return operation.mixed("pairs examples with each other")
     if not batched and handler not in DECIDES:
         return None
     if handler is None:
@@ -156,6 +190,37 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         return handler(operation)
     except (IndexError, KeyError, ValueError, TypeError, AttributeError):
         return operation.unknown("is called in a form that perex does not follow: pass its tensors by position")
+
+
+COUNTS = ("counted", "compared")
+"""The kinds of what is lost, but no gradient goes through."""
+
+CHOOSES = frozenset(
+    """
+    getitem index_select gather take take_along_dim where masked_fill masked_select masked_scatter nonzero index_add
+    index_copy index_fill scatter scatter_add scatter_reduce repeat_interleave one_hot embedding split
+    split_with_sizes tensor_split narrow index_put put setitem _grouped_mm grouped_mm
+    _pack_padded_sequence _pad_packed_sequence lstm gru rnn_tanh rnn_relu
+    """.split()
+)
+"""Operators of which an integer argument says what to pick, and enters no sum."""
+
+
+def counts(operation: Operation, lost: Lost) -> Lost:
+    """The label of what is made of counts and constants alone."""
+    return lost if operation.results and not operation.results[0].is_floating_point() else lost._replace(kind="bent")
+
+
+def chooses(operation: Operation, lost: Lost) -> Lost | None:
+    """What to make of counts beside examples: nothing, where they only choose; capture notes a doubt."""
+    if operation.name in CHOOSES or not any(result.is_floating_point() for result in operation.results):
+        operation.inputs = [
+            (tensor, None if isinstance(label, Lost) and label.kind in COUNTS else label)
+            for tensor, label in operation.inputs
+        ]
+        operation.doubt = lost
+        return None
+    return lost._replace(kind="bent")
 
 
 LINEAR = frozenset(
@@ -176,19 +241,6 @@ def keeps_sums(operation: Operation) -> bool:
     if operation.name in ("div", "divide", "true_divide", "truediv"):
         return sums[0] and sum(sums) == 1
     return operation.name in LINEAR
-
-
-def alone(operation: Operation, handler: Handler | None, lost: Lost | None) -> Label | list[Label]:
-    """The labels in a batch of one example, which has nothing to mix with: every row of a result is its own."""
-    found = operation.unknown() if handler is None or lost is not None else handler(operation)
-    labels = found if isinstance(found, list) else [found]
-    if len(labels) != len(operation.results):
-        labels = labels * len(operation.results)
-    own: list[Label] = []
-    for label, result in zip(labels, operation.results, strict=True):
-        rescued = isinstance(label, Lost) and label.kind != "refused" and result.dim() > 0
-        own.append(Axis(0, 1, result.size(0)) if rescued else label)
-    return own
 
 
 def factory(operation: Operation) -> Label:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from perex.capture.sharding import refuse_flat
 from perex.errors import AttachError, ExamplesMixError
 
 
@@ -29,6 +30,13 @@ def compiling() -> bool:
     return bool(torch.compiler.is_compiling())
 
 
+def learns_graph(module: nn.Module) -> bool:
+    """Whether a module is, or is called by, a `DistributedDataParallel` whose static graph is not known yet."""
+    kind = nn.parallel.DistributedDataParallel
+    ddp = module if isinstance(module, kind) else getattr(kind, "_active_ddp_module", None)
+    return bool(ddp is not None and ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued)
+
+
 def check_model(model: nn.Module) -> None:
     """Refuse models whose operators perex would not see."""
     if not isinstance(model, nn.Module):
@@ -44,5 +52,7 @@ def check_model(model: nn.Module) -> None:
                 f"{name} is nn.DataParallel, which runs copies of the model in threads. Use DistributedDataParallel, "
                 "or attach to the module inside and run it on one device"
             )
+        if type(module).__name__ == "FullyShardedDataParallel":
+            refuse_flat(module)
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             raise AttachError(f"{name} is compiled: perex cannot see into it. Attach to the uncompiled model")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from perex.capture.axis import Held
 from perex.capture.parameters import Entry, Shared, Source
 from perex.errors import PerexError
+from perex.factors.base import Factor
+from perex.factors.outline import Outline, outline
 
 if TYPE_CHECKING:
     from perex.rules.call import Call
 
-__all__ = ["Entry", "Forward", "Receiver", "Shared", "Source"]
+__all__ = ["Entry", "Forward", "Receiver", "Shared", "Source", "Use"]
 
 
 class Receiver(Protocol):
@@ -28,6 +32,33 @@ class Receiver(Protocol):
         """The running backward shows that its numbers would be wrong."""
 
 
+@dataclass(slots=True, eq=False)
+class Use:
+    """What reports need to know of a call: names and shapes, and no tensor.
+
+    Attributes:
+        module: the path of the module that ran it.
+        operator: the operator's name.
+        rule: the rule's name.
+        parameters: those whose gradients it brings, in order, and whether it read what was derived from them.
+        shapes: of the call's tensors.
+        axes: where the examples are in them.
+        out_axes: where the examples are in the outputs.
+        outputs: shapes of the output gradients, when they have arrived; None for one that did not.
+        factors: the gradients that were made of them, in the order of `parameters`.
+    """
+
+    module: str
+    operator: str
+    rule: str
+    parameters: list[tuple[Entry, bool]]
+    shapes: list[torch.Size]
+    axes: Sequence[Held | None]
+    out_axes: Sequence[Held]
+    outputs: list[torch.Size | None] | None = None
+    factors: list[tuple[Entry, Outline]] | None = None
+
+
 class Forward:
     """What all calls of one forward share.
 
@@ -37,9 +68,10 @@ class Forward:
         path: the module whose call it is.
         tracked: the parameters that are wanted.
         uses: how many factors each parameter will get, if every call's gradient arrives.
-        paths: for reports, `(module path, operator, rule, parameters)` of each call.
+        paths: for reports, each call, in order.
         sentinel: an input of all taps that requires grad. It is not a leaf, so that its node tells whether a
             backward is restricted to some inputs (`torch.autograd.grad`).
+        doubt: why a run of some examples alone has to show that they do not depend on the others, if it has to.
     """
 
     task: int | None = None
@@ -52,7 +84,9 @@ class Forward:
         self.path = path
         self.tracked = tracked
         self.uses: Counter[Entry] = Counter()
-        self.paths: list[tuple[str, str, str, tuple[str, ...]]] = []
+        self.doubt: str | None = None
+        self.paths: list[Use] = []
+        self.places: dict[int, Use] = {}
         self.sentinel = torch.zeros((), requires_grad=True).clone()
 
     @property
@@ -62,14 +96,27 @@ class Forward:
 
     def entered(self, call: Call) -> None:
         """Count what a call will bring."""
+        parameters: list[tuple[Entry, bool]] = []
         for source in call.slots.values():
-            self.uses.update(source.entries if isinstance(source, Shared) else (source,))
-        names = tuple(
-            entry.name
-            for source in call.slots.values()
-            for entry in (source.entries if isinstance(source, Shared) else (source,))
-        )
-        self.paths.append((call.where, call.name, call.rule.name, names))
+            if isinstance(source, Shared):
+                parameters.extend((entry, True) for entry in source.entries)
+            else:
+                parameters.append((source, False))
+        self.uses.update(entry for entry, _ in parameters)
+        use = Use(call.where, call.name, call.rule.name, parameters, call.shapes, call.axes, call.out_axes)
+        self.paths.append(use)
+        self.places[id(call)] = use  # a call that is gone by then asks for nothing, so its place may be another's
+
+    def arrived(self, call: Call, grads: Sequence[Tensor | None]) -> None:
+        """Keep, for reports, the shapes of the output gradients of a call."""
+        use = self.places[id(call)]
+        use.outputs, use.factors = [None if grad is None else grad.shape for grad in grads], []
+
+    def made(self, call: Call, entry: Entry, factor: Factor) -> None:
+        """Keep, for reports, what kind of gradients and of what shapes a call brought to a parameter."""
+        use = self.places[id(call)]
+        assert use.factors is not None
+        use.factors.append((entry, outline(factor)))
 
     def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Hand on what a tap got."""

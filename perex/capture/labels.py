@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from perex.capture.axis import Axis, Label, Lost
-from perex.capture.carry import Operation, carry, known, tensors_in
+from perex.capture.axis import NOBODY, Axis, Held, Label, Lost, Single, agreed, arranged
+from perex.capture.carry import COUNTS, Operation, carry, known, tensors_in
 from perex.capture.parameters import Entry, Parameters, Shared, Source
 from perex.rules.registry import OPERATORS
 
-BATCHED, SHARED, LOST, STRANGER, UNTRACKED = 1, 2, 4, 8, 16
+BATCHED, SHARED, LOST, STRANGER, UNTRACKED, COUNTED = 1, 2, 4, 8, 16, 32
 """Kinds of tensors, as bits; a constant has none. What is untracked requires grad, but nobody asks for its
 per-example gradients: other parameters, and what derives from them. A stranger requires grad and comes from nowhere
-that perex saw."""
+that perex saw. What is counted is an integer or truth value over several examples."""
 
 CONSTANT = "constant"
 """The label of what derives from untracked parameters, and is not a stranger for that."""
@@ -24,7 +26,7 @@ CONSTANT = "constant"
 
 EARLIER_VIEW = Lost("unknown", "a view was taken of a tensor before examples were written into it")
 
-Mark = Axis | Lost | Shared | str | None
+Mark = Axis | Single | Lost | Shared | str | None
 
 
 class Labels:
@@ -35,16 +37,27 @@ class Labels:
         key: the attribute under which tensors carry their label.
         number: the forward's number: labels of other forwards do not count.
         batch: number of examples, B.
+        doubtful: called with the name of an operator that lets a count over several examples decide what the examples
+            get, and that count's label.
     """
 
-    def __init__(self, parameters: Parameters, key: str, number: int, batch: int) -> None:
+    def __init__(
+        self,
+        parameters: Parameters,
+        key: str,
+        number: int,
+        batch: int,
+        doubtful: Callable[[str, Lost], None] = lambda name, lost: None,
+    ) -> None:
         self.parameters = parameters
         self.key = key
         self.number = number
         self.batch = batch
+        self.doubtful = doubtful
         self.marked: list[weakref.ref[Tensor]] = []
         self.derived: dict[Entry, Tensor] = {}  # what derived tensors were made of, over the whole forward
         self.rewritten = False  # whether one of them was changed in place
+        self.blanks: dict[int, weakref.ref[Tensor]] = {}  # made like a batch, but nothing of it is in them yet
 
     def of(self, tensor: Tensor) -> Mark:
         """The label of a tensor in this forward."""
@@ -57,12 +70,16 @@ class Labels:
     def batch_label(self, tensor: Tensor) -> Label:
         """The label, as far as examples are concerned."""
         label = self.of(tensor)
-        return label if isinstance(label, (Axis, Lost)) else None
+        return label if isinstance(label, (Axis, Single, Lost)) else None
 
-    def axis(self, tensor: Tensor) -> Axis | None:
-        """The batch axis of a tensor, if it has one."""
+    def held(self, tensor: Tensor) -> Held | None:
+        """The batch axis of a tensor, or the one example that it belongs to, if it has one."""
         label = self.of(tensor)
-        return label if isinstance(label, Axis) else None
+        return label if isinstance(label, (Axis, Single)) else None
+
+    def plain(self, dim: int) -> Held:
+        """The label of a tensor whose dimension `dim` is the batch as it is."""
+        return Single(0) if self.batch == 1 else Axis(dim)
 
     def mark(self, tensor: Tensor, label: Mark) -> None:
         """Give a tensor its label."""
@@ -73,12 +90,48 @@ class Labels:
         elif hasattr(tensor, self.key):
             delattr(tensor, self.key)
 
+    def blank(self, tensor: Tensor) -> bool:
+        """Whether a tensor was made like a batch (`zeros_like`), and holds nothing of it yet; asked once."""
+        ref = self.blanks.pop(id(tensor), None)
+        return ref is not None and ref() is tensor
+
     def rewrite(self, tensor: Tensor, label: Mark) -> None:
         """Label a tensor that was changed in place, and the tensor that it is a view of."""
         self.mark(tensor, label)
         base = tensor._base
-        if base is not None and label is not None and self.of(base) is None:
-            self.mark(base, Lost("unknown", "a view of a constant was overwritten with examples"))
+        if base is None or label is None or isinstance(label, Shared):
+            return
+        held = self.of(base)
+        if held is None or base.numel() and isinstance(held, Axis) and held != label:
+            self.mark(base, self.of_base(tensor, base, label))
+
+    def of_base(self, view: Tensor, base: Tensor, label: Mark) -> Label:
+        """The label of a tensor after examples were written into a view of it."""
+        lost = Lost("unknown", "a view of a constant was overwritten with examples")
+        if self.batch == 1:
+            return Single(0)
+        if not isinstance(label, (Axis, Single)):
+            return lost
+        found = place_in(view, base)
+        if found is None:
+            return lost
+        dims, starts = found
+        before = self.batch_label(base)
+        if isinstance(label, Axis):
+            dim, ids = dims[label.dim], label.ids(self.batch)
+        else:
+            chosen = [d for d in range(base.dim()) if d not in dims and base.size(d) > 1]
+            if len(chosen) != 1:
+                return lost
+            dim, ids = chosen[0], torch.tensor([label.example])
+        if dim is None or isinstance(before, (Lost, Single)) or isinstance(before, Axis) and before.dim != dim:
+            return lost
+        owners = torch.full((base.size(dim),), NOBODY) if before is None else before.ids(self.batch).clone()
+        rows = slice(starts[dim], starts[dim] + len(ids))
+        if bool(((owners[rows] != NOBODY) & (owners[rows] != ids)).any()):
+            return lost
+        owners[rows] = ids
+        return arranged(dim, owners, self.batch)
 
     def clean(self) -> None:
         """Take the labels off all tensors that are still alive."""
@@ -91,9 +144,11 @@ class Labels:
     def kind(self, tensor: Tensor, label: Mark) -> int:
         """One of the kinds above for a tensor with this label, or 0 for a constant."""
         if label is not None:
-            if isinstance(label, Axis):
+            if isinstance(label, (Axis, Single)):
                 return BATCHED
-            return LOST if isinstance(label, Lost) else SHARED if isinstance(label, Shared) else UNTRACKED
+            if isinstance(label, Lost):
+                return COUNTED if label.kind in COUNTS else LOST
+            return SHARED if isinstance(label, Shared) else UNTRACKED
         if not tensor.requires_grad:
             return 0
         entry = self.parameters.entries.get(id(tensor))
@@ -140,22 +195,31 @@ class Labels:
             return []
         if marks is None:
             marks = [(tensor, self.of(tensor)) for tensor in tensors_in(*args, kwargs)]
-        inputs = [(tensor, mark if isinstance(mark, (Axis, Lost)) else None) for tensor, mark in marks]
+        inputs = [(tensor, mark if isinstance(mark, (Axis, Single, Lost)) else None) for tensor, mark in marks]
         operation = Operation(plain_name(func), args, renamed(kwargs), out, produced, inputs, self.batch)
         if func in OPERATORS and not known(func):  # a user's rule, for an operator that keeps the axis
-            found: Label | list[Label] = next((axis for _, axis in operation.batched()), None)
+            held = (label for _, label in inputs if isinstance(label, (Axis, Single)))
+            found: Label | list[Label] = next(held, None)
         else:
             found = carry(operation, func)
+        if operation.doubt is not None:
+            self.doubtful(operation.name, operation.doubt)
         labels = found if isinstance(found, list) else [found] * len(produced)
-        return [self.checked(tensor, label, operation.name) for tensor, label in zip(produced, labels, strict=True)]
+        return [self.checked(tensor, label, operation) for tensor, label in zip(produced, labels, strict=True)]
 
-    def checked(self, tensor: Tensor, label: Label, name: str) -> Label:
-        """A label, if the tensor has a dimension of the size it says."""
+    def checked(self, tensor: Tensor, label: Label, operation: Operation) -> Label:
+        """A label, if the tensor has a dimension of the size it says; what is lost in integers is but counted."""
         if isinstance(label, Axis):
             fits = 0 <= label.dim < tensor.dim() and tensor.size(label.dim) == label.size(self.batch)
             if not fits:
-                return Lost("unknown", f"`{name}` has a result of an unexpected shape, {tuple(tensor.shape)}")
-        return label
+                why = f"`{operation.name}` has a result of an unexpected shape, {tuple(tensor.shape)}"
+                label = Lost("unknown", why)
+        if not isinstance(label, Lost) or label.kind in ("refused", *COUNTS):
+            return label
+        if tensor.is_floating_point() or tensor.is_complex():
+            return label
+        real = any(t.is_floating_point() for t, found in operation.inputs if found is not None)
+        return label._replace(kind="compared" if real else "counted")
 
     def with_trial(self, tensor: Tensor, trial: Axis, func: Any, args: Any, kwargs: Any, out: Any) -> list[Label]:
         """What the labels of an operator's results would be if `tensor` had the batch axis `trial`."""
@@ -167,22 +231,87 @@ class Labels:
     def written(self, target: Tensor, index: Any, value: Any) -> Label:
         """The label of a tensor after `target[index] = value`, where index or value hold examples.
 
-        A tensor that held none has the axis with which reading `target[index]` would give what was written its own.
+        A tensor that held none has the axis with which reading `target[index]` would give what was written its own;
+        if there is none, the rows that were written are their writers' and the others nobody's.
         """
+        own, before = self.batch_label(value) if isinstance(value, Tensor) else None, self.batch_label(target)
+        if self.batch == 1:
+            return Single(0)
+        if self.blank(target) and isinstance(before, Axis):
+            self.mark(target, None)  # for now: what is written decides
+            label = self.written(target, index, value)
+            self.mark(target, before)
+            return label
+        if isinstance(before, Lost) or isinstance(own, Lost):
+            return before if isinstance(before, Lost) else own
+        if isinstance(before, Single):
+            return before if own in (None, before) else Lost("mixed", "`__setitem__` pairs examples with each other")
         piece = target[index]
-        own, before = self.axis(value) if isinstance(value, Tensor) else None, self.batch_label(target)
-        want = None if own is None else own.moved(own.dim - value.dim() + piece.dim())
-        for dim, size in enumerate(target.shape):
-            trial = Axis(dim) if own is None else own.moved(dim)
-            if size != trial.size(self.batch) or (before is not None and before != trial):
-                continue
+        want = own.moved(own.dim - value.dim() + piece.dim()) if isinstance(own, Axis) else own
+        for trial in self.trials(target, own) if before is None else [before]:
             (found,) = self.with_trial(target, trial, Tensor.__getitem__, (target, index), {}, piece)
-            if isinstance(found, Axis) and want in (None, found):
+            if isinstance(found, (Axis, Single)) and (want in (None, found) or self.match(found, want)):
                 return trial
-        if self.batch == 1 and target.dim():
-            return Axis(0, 1, target.size(0))
+        if want is not None and all(self.batch_label(tensor) is None for tensor in tensors_in(index)):
+            for dim in range(target.dim()) if before is None else [before.dim]:
+                label = self.claimed(target, dim, index, want)
+                if label is not None:
+                    return label
         kind = "unknown" if before is None and own is not None else "mixed"
         return Lost(kind, "`__setitem__` writes rows of examples where perex cannot follow them")
+
+    def trials(self, target: Tensor, own: Label) -> Iterator[Axis]:
+        """The arrangements that a tensor may have before anything is known of it."""
+        for dim, size in enumerate(target.shape):
+            if size == self.batch:
+                yield Axis(dim)
+            if isinstance(own, Axis) and size == own.size(self.batch):
+                yield own.moved(dim)
+            if size % self.batch == 0 and size > self.batch:
+                yield Axis(dim, 1, size // self.batch)
+
+    def match(self, one: Label, other: Label) -> bool:
+        """Whether two labels of the same tensor agree, some rows being nobody's in one of them."""
+        return isinstance(one, Axis) and isinstance(other, Axis) and agreed((one, other), self.batch) is not None
+
+    def claimed(self, target: Tensor, dim: int, index: Any, want: Held) -> Label:
+        """The label of `target` along `dim` after its rows at `index` went to the owners of what was written."""
+        rows = torch.arange(target.size(dim)).reshape([-1 if d == dim else 1 for d in range(target.dim())])
+        entries = index if isinstance(index, tuple) else (index,)
+        rows = rows.expand(target.shape)[tuple(e.cpu() if isinstance(e, Tensor) else e for e in entries)]
+        if isinstance(want, Single):
+            writers = torch.full(rows.shape, want.example)
+        else:
+            shape = [-1 if d == want.dim else 1 for d in range(rows.dim())]
+            writers = want.ids(self.batch).reshape(shape).expand(rows.shape)
+        before = self.batch_label(target)
+        owners = before.ids(self.batch).clone() if isinstance(before, Axis) else torch.full((target.size(dim),), NOBODY)
+        taken = owners[rows]
+        if bool(((taken != NOBODY) & (taken != writers)).any()):
+            return None
+        owners[rows] = writers
+        return arranged(dim, owners, self.batch) if bool((owners[rows] == writers).all()) else None
+
+
+def place_in(view: Tensor, base: Tensor) -> tuple[list[int | None], list[int]] | None:
+    """Which dimension of a base each dimension of a view runs along, and where the view begins in the base.
+
+    It is read off strides, so it is None where these do not tell: dimensions were merged or split, say.
+    """
+    by_stride = {base.stride(d): d for d in range(base.dim()) if base.size(d) > 1}
+    if len(by_stride) != sum(size > 1 for size in base.shape):
+        return None
+    rest = view.storage_offset() - base.storage_offset()
+    starts = [0] * base.dim()
+    for stride in sorted(by_stride, reverse=True):
+        starts[by_stride[stride]], rest = divmod(rest, stride)
+    dims: list[int | None] = []
+    for size, stride in zip(view.shape, view.stride(), strict=True):
+        dim = by_stride.get(stride) if size > 1 else None
+        if size > 1 and (dim is None or starts[dim] + size > base.size(dim)):
+            return None
+        dims.append(dim)
+    return None if rest else (dims, starts)
 
 
 OTHER_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x1": "input", "x2": "other"}

@@ -8,16 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from perex.capture.axis import Axis, Label
+from perex.capture.axis import Axis, Held, Label, Lost, Single
 from perex.capture.carry import tensors_in
 from perex.capture.checkpoint import run_recomputation_in
 from perex.capture.forward import Forward
 from perex.capture.labels import Labels
 from perex.capture.parameters import Source
 from perex.capture.refusals import Refusals
-from perex.capture.taps import Tap
+from perex.capture.taps import Poison, Tap
+from perex.errors import PerexError
 from perex.rules.call import Call, Ref, pack, unpack
 from perex.rules.general import GENERAL
+from perex.rules.recurrent import PACKED, is_packed
 from perex.rules.registry import OPERATORS, Rule
 
 
@@ -56,16 +58,18 @@ class Meeting:
         if not self.labels.parameters.param_grads:
             values = [v if s is None else v.detach() for v, s in zip(values, sources, strict=True)]
         out = func(*unpack(packed_args, values), **unpack(packed_kwargs, values))
-        out_axes: list[Axis] = []
+        out_axes: list[Held] = []
         for label in self.labels.of_results(func, args, kwargs, out, tensors_in(out)):
             self.refuse.mixed(label)
-            if not isinstance(label, Axis):
-                raise self.refuse.lost(label, func)
+            if not isinstance(label, (Axis, Single)):
+                lost = label or Lost("unknown", f"`{func.__name__}` of examples has a result without a batch axis")
+                return self.poisoned(func, args, kwargs, lost, self.refuse.lost(lost, func))
             out_axes.append(label)
         self.refuse.random(func, args, kwargs)
         call = self.record(func, rule, packed_args, packed_kwargs, tensors, slots, out_axes)
         if rule is GENERAL:
             call.kept = list(range(len(tensors)))
+            call.rule = PACKED if is_packed(func, args) else GENERAL
         for index in call.kept:
             if call.axes[index] is None:
                 axis = self.aligned_rows(tensors[index], func, args, kwargs, out, out_axes)
@@ -73,13 +77,29 @@ class Meeting:
                     call.rows[index] = axis
         return self.tap(call, out, [values[i] if sources[i] is None else values[i].detach() for i in call.kept])
 
+    def poisoned(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: Lost, error: PerexError) -> Any:
+        """Run an operator on parameters and rows that are no one example's: an error if the loss depends on it."""
+        tensors: list[Tensor] = []
+        template = pack((args, kwargs), tensors)
+        run_args, run_kwargs = unpack(template, [self.labels.stand_in(tensor) for tensor in tensors])
+        produced: list[Tensor] = []
+        out = func(*run_args, **run_kwargs)
+        template = pack(out, produced)
+        if not produced:
+            produced = list(out)
+        passes = self.labels.parameters.param_grads
+        results = [Poison.apply(self.forward, error, passes, t) if t.requires_grad else t for t in produced]
+        for tensor in results:
+            self.labels.mark(tensor, label)
+        return type(out)(results) if template is out else unpack(template, results)
+
     def module(self, module: nn.Module, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Tap the output of a module with a rule of its own, which keeps the batch axis of its input."""
         tensors: list[Tensor] = []
         packed_args, packed_kwargs = pack((args, kwargs), tensors)
-        axis = next((axis for axis in map(self.labels.axis, tensors) if axis is not None), None)
-        fits = isinstance(out, Tensor) and axis is not None and axis.dim < out.dim()
-        if axis is None or not fits or out.size(axis.dim) != axis.size(self.forward.batch):
+        axis = next((axis for axis in map(self.labels.held, tensors) if axis is not None), None)
+        fits = isinstance(out, Tensor) and (not isinstance(axis, Axis) or axis.dim < out.dim())
+        if axis is None or not fits or isinstance(axis, Axis) and out.size(axis.dim) != axis.size(self.forward.batch):
             why = "has a rule of its own, but does not turn examples into one tensor with the same batch axis"
             raise self.refuse.unsupported(type(module), why)
         found = {name: self.labels.source(parameter) for name, parameter in module.named_parameters()}
@@ -95,7 +115,7 @@ class Meeting:
         kwargs: dict[str, Any],
         tensors: Sequence[Tensor],
         slots: dict[Any, Source],
-        out_axes: list[Axis],
+        out_axes: list[Held],
     ) -> Call:
         """What the rule will need to know of a call."""
         call = Call(
@@ -105,10 +125,11 @@ class Meeting:
             rule=rule,
             args=args,
             kwargs=kwargs,
-            axes=[self.labels.axis(tensor) for tensor in tensors],
+            axes=[self.labels.held(tensor) for tensor in tensors],
             slots=slots,
             out_axes=out_axes,
             shapes=[tensor.shape for tensor in tensors],
+            batch=self.forward.batch,
         )
         needed = {name for slot in slots for name in rule.saves.get(slot, ())} | set(rule.saves.get("", ()))
         saved = (call.template(name) for name in needed)
@@ -117,6 +138,8 @@ class Meeting:
 
     def tap(self, call: Call, out: Any, saved: list[Tensor]) -> Any:
         """Put a tap behind the results of a call."""
+        out_axes = call.out_axes
+        number(call, self.forward.batch)
         self.forward.entered(call)
         run_recomputation_in(self.recomputing)
         produced: list[Tensor] = []
@@ -124,7 +147,7 @@ class Meeting:
         if not produced:  # a named result, as `torch.max` has
             produced = list(out)
         tapped = Tap.apply(call, saved, self.forward.sentinel, *produced)
-        for tensor, axis in zip(tapped, call.out_axes, strict=True):
+        for tensor, axis in zip(tapped, out_axes, strict=True):
             self.labels.mark(tensor, axis)
         return type(out)(tapped) if template is out else unpack(template, tapped)
 
@@ -152,6 +175,21 @@ class Meeting:
                         if self.labels.with_trial(tensor, trial, func, args, kwargs, out) == list(out_axes):
                             return trial
         return None
+
+
+def number(call: Call, batch: int) -> None:
+    """Where rows are of a few examples, number these from 0 in all axes of a call."""
+    if not any(isinstance(axis, Single) or axis.owners is not None for axis in call.out_axes):
+        return
+    found = [axis.example for axis in call.out_axes if isinstance(axis, Single)]
+    for axis in call.out_axes:
+        if isinstance(axis, Axis):
+            found += range(batch) if axis.owners is None else axis.owners.examples
+    call.examples = sorted(set(found))
+    call.batch = len(call.examples)
+    call.axes = [None if axis is None else axis.among(call.examples, batch) for axis in call.axes]
+    call.rows = {index: axis.among(call.examples, batch) for index, axis in call.rows.items()}
+    call.out_axes = [axis.among(call.examples, batch) for axis in call.out_axes]
 
 
 def slots_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -12,21 +13,30 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from perex.capture.axis import Axis, Label, Lost
-from perex.capture.carry import FAMILIES, Operation, tensors_in
+from perex.capture.axis import Axis, Label, Lost, Single
+from perex.capture.carry import CHOOSES, COUNTS, FAMILIES, Operation, tensors_in
 from perex.capture.families.elementwise import aligned
 from perex.capture.forward import Forward
-from perex.capture.labels import BATCHED, CONSTANT, LOST, SHARED, STRANGER, UNTRACKED, Labels, Mark
+from perex.capture.labels import BATCHED, CONSTANT, COUNTED, LOST, SHARED, STRANGER, UNTRACKED, Labels, Mark, plain_name
 from perex.capture.meeting import Meeting
-from perex.capture.operators import NUMBERS, PASSED_OVER, READS_FIRST, body, composite, in_place, out_of_place
+from perex.capture.operators import BRANCHES, NUMBERS, PASSED_OVER, READS_FIRST, body, composite, in_place, out_of_place
 from perex.capture.parameters import Entry, Parameters, Shared
 from perex.capture.refusals import Refusals
+from perex.capture.rewrites import rewritten
 from perex.capture.taps import Guard
 from perex.rules.broadcast import fill
 from perex.rules.call import pack, unpack
 from perex.rules.registry import OPERATORS
 
 Operator = Callable[..., Any]
+
+
+BLANKS = frozenset({torch.zeros_like, torch.empty_like, torch.ones_like, torch.full_like})
+
+WRITES_ROWS = frozenset(
+    getattr(Tensor, name) for name in "index_add_ index_copy_ index_put_ scatter_ scatter_add_ scatter_reduce_".split()
+)
+"""In-place operators that say which rows they write."""
 
 
 def masked_write(target: Tensor, mask: Tensor, value: Tensor) -> Tensor:
@@ -38,10 +48,9 @@ def masked_write(target: Tensor, mask: Tensor, value: Tensor) -> Tensor:
 
 def leading(operation: Operation) -> Label:
     """The axis of a tensor whose leading dimensions are those of a mask."""
-    axes = {axis for _, axis in operation.batched()}
-    if len(axes) > 1 or not operation.only(*operation.args[:2]):
+    if not operation.only(*operation.args[:2]):
         return operation.mixed("pairs examples with each other")
-    return axes.pop()
+    return operation.agreed(axis for _, axis in operation.batched())
 
 
 FAMILIES[fill], FAMILIES[masked_write] = aligned, leading  # operators of perex's own
@@ -73,7 +82,7 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self.parameters = parameters
         self.forward = forward
-        self.labels = Labels(parameters, key, forward.number, forward.batch)
+        self.labels = Labels(parameters, key, forward.number, forward.batch, self.doubtful)
         self.refuse = Refusals(where)
         self.meeting = Meeting(forward, self.labels, self.refuse, partial(recomputing, forward))
         self.active = True
@@ -99,6 +108,8 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in NUMBERS:
             return self.take_out(func, args, kwargs)
+        if func in BRANCHES:
+            return self.branch(func, args, kwargs)
         if self.opaque is not None:
             return self.run_opaque(func, args, kwargs)
         if func is F.embedding_bag and kinds & SHARED:
@@ -106,6 +117,10 @@ class Capture(TorchFunctionMode):
         if composite(func) and func not in OPERATORS:
             with self:
                 return body(func)(*args, **kwargs)
+        replacement = rewritten(func, args) if kinds & SHARED else None
+        if replacement is not None:
+            with self:
+                return replacement(*args, **kwargs)
         if func is Tensor.__setitem__:
             return self.set_item(kinds, *args)
         if not torch.is_grad_enabled():
@@ -119,8 +134,10 @@ class Capture(TorchFunctionMode):
             raise self.refuse.stranger(func)
         if kinds & SHARED and kinds & (BATCHED | LOST):
             return self.meet(func, args, kwargs)
-        if kinds & SHARED:
+        if kinds & SHARED and (not kinds & COUNTED or self.chosen(func, marks)):
             return self.derive(func, args, kwargs)
+        if kinds & SHARED:
+            return self.meet(func, args, kwargs)
         return self.follow(func, args, kwargs, marks, stand_ins=bool(kinds & UNTRACKED))
 
     # Examples without parameters
@@ -140,13 +157,18 @@ class Capture(TorchFunctionMode):
         else:
             out = func(*args, **kwargs)
         produced = tensors_in(out)
+        if before is not None and func in WRITES_ROWS and self.labels.blank(args[0]):
+            marks = [(tensor, None if tensor is args[0] else mark) for tensor, mark in marks]
         for tensor, label in zip(
             produced, self.labels.of_results(func, args, kwargs, out, produced, marks), strict=True
         ):
+            if func in BLANKS and isinstance(label, Axis):
+                self.labels.blanks[id(tensor)] = weakref.ref(tensor)
             if torch.is_grad_enabled():
                 self.refuse.mixed(label)
-                if isinstance(label, Lost) and label.kind == "bent" and tensor.requires_grad:
-                    tensor.register_hook(self.refuse.when_differentiated(self.forward, label))
+                if isinstance(label, Lost) and label.kind != "reduced" and tensor.requires_grad:
+                    if not any(mark is label and source.requires_grad for source, mark in marks):  # hooked already
+                        tensor.register_hook(self.refuse.when_differentiated(self.forward, label))
             if not (in_place(func) and args and tensor is args[0]):
                 self.labels.mark(tensor, CONSTANT if label is None and tensor.grad_fn is not None else label)
             elif label != before:
@@ -168,13 +190,36 @@ class Capture(TorchFunctionMode):
         return self.run(func, args, kwargs, detach=not self.parameters.param_grads)
 
     def take_out(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Give out Python numbers, unless they were computed over the batch; integers are remembered."""
+        """Give out Python numbers, unless they were computed over the batch; what that leaves open is remembered."""
         label = self.labels.of(args[0])
-        if isinstance(label, Lost) and args[0].is_floating_point():
+        if isinstance(label, Lost) and label.kind not in COUNTS:
             raise self.refuse.taken_out(label, func)
         if isinstance(label, Lost):
             self.counted = label
+        if isinstance(label, (Axis, Lost)):
+            self.doubtful(func.__name__, label if isinstance(label, Lost) else Lost("counted", "examples leave torch"))
         return func(*args, **kwargs)
+
+    def branch(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let Python decide on a truth value; one made of the real numbers of several examples is remembered."""
+        for tensor in tensors_in(*args):
+            label = self.labels.of(tensor)
+            if isinstance(label, Lost) and label.kind != "counted":
+                self.doubtful(func.__name__, label)
+        return func(*args, **kwargs)
+
+    def doubtful(self, name: str, lost: Lost) -> None:
+        """Remember that numbers over the batch may have decided what an example gets."""
+        if self.forward.doubt is None:
+            self.forward.doubt = self.refuse.doubt(name, lost)
+
+    def chosen(self, func: Operator, marks: list[tuple[Tensor, Mark]]) -> bool:
+        """Whether counts only choose among parameters, as the experts that are called at all are chosen."""
+        lost = next(mark for _, mark in marks if isinstance(mark, Lost))
+        if plain_name(func) in CHOOSES:
+            self.doubtful(plain_name(func), lost)
+            return True
+        return False
 
     # Parameters without examples
 
@@ -263,19 +308,23 @@ class Capture(TorchFunctionMode):
             raise self.refuse.unsupported(Tensor.__setitem__, why)
         before = self.labels.of(target)
         target[index] = self.labels.stand_in(value)
-        if any(self.labels.batch_label(t) is not None for t in tensors_in(index)):
-            held = self.labels.written(target, index, value)
-            if torch.is_grad_enabled():
-                self.refuse.mixed(held)
-            self.labels.rewrite(target, held)
+        found = [label for t in tensors_in(index) if (label := self.labels.batch_label(t)) is not None]
+        for label in found:
+            if isinstance(label, Lost):
+                self.doubtful("__setitem__", label)
+        if any(not isinstance(label, Lost) or label.kind not in COUNTS for label in found):
+            self.overwrite(target, before, self.labels.written(target, index, value))
         elif kinds & LOST or isinstance(before, Shared):
-            self.labels.rewrite(target, Lost("unknown", "`__setitem__` writes what perex cannot follow"))
-        elif isinstance(value, Tensor) and self.labels.axis(value) is not None:
-            held = self.labels.written(target, index, value)
-            if torch.is_grad_enabled():
-                self.refuse.mixed(held)
-            if before is None or before != held:
-                self.labels.rewrite(target, held)
+            self.overwrite(target, before, Lost("unknown", "`__setitem__` writes what perex cannot follow"))
+        elif isinstance(value, Tensor) and self.labels.held(value) is not None:
+            self.overwrite(target, before, self.labels.written(target, index, value))
+
+    def overwrite(self, target: Tensor, before: Mark, label: Label) -> None:
+        """Label a tensor into which examples were written; an error if that mixes them and the loss depends on it."""
+        if isinstance(label, Lost) and torch.is_grad_enabled() and target.requires_grad:
+            target.register_hook(self.refuse.when_differentiated(self.forward, label))
+        if before is None or before != label:
+            self.labels.rewrite(target, label)
 
     def write_where(self, target: Tensor, mask: Tensor, value: Tensor) -> None:
         """`target[mask] = value` with one value for all positions."""
@@ -297,5 +346,5 @@ class Capture(TorchFunctionMode):
         if bags != self.forward.batch and not self.forward.uses:
             self.forward.batch = self.labels.batch = bags
             for tensor in self.inputs:
-                self.labels.mark(tensor, Axis(0) if tensor.dim() and len(tensor) == bags else None)
+                self.labels.mark(tensor, self.labels.plain(0) if tensor.dim() and len(tensor) == bags else None)
         return BATCHED

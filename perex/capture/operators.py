@@ -13,11 +13,11 @@ from torch import Tensor
 from perex.capture.carry import FAMILIES
 
 METADATA = """
-    __bool__ __contains__ __deepcopy__ __dir__ __dlpack__ __dlpack_device__ __format__ __hash__
-    __index__ __len__ __reduce_ex__ __repr__ __setstate__
-    _is_view _version allclose backward data_ptr dense_dim dim dim_order element_size equal get_device has_names
+    __contains__ __deepcopy__ __dir__ __dlpack_device__ __format__ __hash__
+    __len__ __reduce_ex__ __repr__ __setstate__
+    _is_view _version backward data_ptr dense_dim dim dim_order element_size get_device has_names
     is_coalesced is_complex is_conj is_contiguous is_distributed is_floating_point is_inference is_neg
-    is_nonzero is_pinned is_same_size is_set_to is_shared is_signed is_sparse ndimension nelement numel
+    is_pinned is_same_size is_set_to is_shared is_signed is_sparse ndimension nelement numel
     pin_memory record_stream register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad
     share_memory_ size sparse_dim storage storage_offset storage_type stride untyped_storage
     is_tensor is_storage result_type can_cast promote_types is_same_size
@@ -44,9 +44,18 @@ PASSED_OVER = _metadata()
 """Operators that capture lets through unseen."""
 
 NUMBERS = frozenset(
-    {Tensor.item, Tensor.__int__, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__complex__, Tensor.__array__}
+    getattr(Tensor, name)
+    for name in "item __int__ __index__ tolist numpy __float__ __complex__ __array__ __dlpack__".split()
 )
 """Operators that take numbers out of torch, where nothing can be followed."""
+
+BRANCHES = frozenset(
+    getattr(space, name)
+    for space in (torch, Tensor)
+    for name in "__bool__ is_nonzero equal allclose".split()
+    if hasattr(space, name)
+)
+"""Operators that give Python a truth value."""
 
 READS_FIRST = frozenset({Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as})
 """Operators that read only the shape or type of their further arguments."""

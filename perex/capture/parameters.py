@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from perex.capture.sharding import is_shard
 from perex.capture.taps import Alias, identity
 from perex.errors import AttachError, UnsupportedError
 
@@ -20,7 +21,7 @@ Selection = None | str | Iterable[str] | Choice
 
 @dataclass(eq=False)
 class Entry:
-    """One parameter of the model.
+    """One parameter of the model, known by its name: the shard and the whole of a sharded one are equal.
 
     Attributes:
         name: its first name in `named_parameters`.
@@ -28,6 +29,8 @@ class Entry:
         selected: whether `params` asks for it.
         stand_in: what operators read in its place; made when first needed.
         seen: which tensor was its gradient over all uses that perex saw; see `taps.identity`.
+        sharded: whether it is whole only while its module runs; see `perex.capture.sharding`.
+        total: for a sharded one, the sum of what its stand-ins saw in the running backward: each forward has its own.
     """
 
     name: str
@@ -35,7 +38,23 @@ class Entry:
     selected: bool
     stand_in: Tensor | None = None
     seen: tuple[int, int, int] | None = None
+    sharded: bool = False
+    total: Tensor | None = field(default=None, repr=False)
     handle: RemovableHandle | None = field(default=None, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Entry) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def note(self, grad: Tensor) -> None:
+        """A stand-in has got its gradient."""
+        found = identity(grad)
+        if self.sharded:
+            again = self.total is not None and self.seen is not None and self.seen[0] == found[0]
+            self.total = grad if not again or self.total is None else self.total + grad
+        self.seen = found
 
     @property
     def module(self) -> str:
@@ -101,6 +120,9 @@ class Parameters:
         self.param_grads = param_grads
         self.untapped = untapped
         self.entries: dict[int, Entry] = {}
+        """By the identity of each parameter, and of the other tensor of a sharded one."""
+        self.current: list[Entry] = []
+        self.sharded = False  # whether the model turned out to be
         try:
             self.refresh()
             self.check(params)
@@ -126,25 +148,43 @@ class Parameters:
             )
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(self.entries.values())
+        return iter(self.current)
 
     def refresh(self) -> None:
         """Take up new and swapped parameters, and drop those that are gone."""
         found: dict[int, Entry] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            entry = found.get(id(parameter)) or self.entries.get(id(parameter))
-            if entry is None or entry.parameter is not parameter:
-                entry = Entry(name, parameter, self.chosen(name, parameter))
-            elif not entry.selected:  # a tied parameter is asked for by any of its names
+            entry = found.get(id(parameter))
+            if entry is None:
+                entry = self.entries.get(id(parameter))
+                if entry is None or entry.parameter is not parameter or entry.name != name:
+                    entry = Entry(name, parameter, self.chosen(name, parameter))
+            if not entry.selected:  # a tied parameter is asked for by any of its names
                 entry.selected = self.chosen(name, parameter)
             found[id(parameter)] = entry
+        self.current = list(found.values())
+        shards = {entry.name: is_shard(entry.parameter) for entry in self.current}
         for key, entry in self.entries.items():
-            if found.get(key) is not entry:
+            if found.get(key) is entry:
+                continue
+            if shards.get(entry.name, shard := is_shard(entry.parameter)) != shard:
+                found[key] = entry  # the whole of what is a shard now, or the other way round
+            else:
                 self.unwatch(entry)
         self.entries = found
         for entry in self:
             if entry.handle is None and entry.tracked:
                 entry.handle = self.watch(entry)
+
+    def begin(self) -> None:
+        """A forward begins: look at the parameters afresh.
+
+        The hooks of `fully_shard` want a gradient before those of the module's inputs have come, and autograd runs the
+        younger of two nodes first: the alias of a sharded parameter must not be older than the forward.
+        """
+        self.refresh()
+        for entry in self.entries.values() if self.sharded else ():
+            entry.sharded, entry.stand_in = True, None
 
     def chosen(self, name: str, parameter: nn.Parameter) -> bool:
         """What `params` says of a parameter."""
@@ -168,6 +208,12 @@ class Parameters:
         """
         if not torch.is_grad_enabled() or (self.param_grads and not entry.tracked):
             return entry.parameter
+        if is_shard(entry.parameter):
+            raise UnsupportedError(
+                f"parameter '{entry.name}' is a shard (DTensor) where the forward uses it, as in tensor parallelism: no "
+                "process has whole gradients. perex follows fully_shard (FSDP2), which gathers a parameter before its "
+                "module runs: call the module that was sharded, not its parts"
+            )
         if entry.stand_in is None or not stands_in(entry.stand_in, entry):
             if self.param_grads:
                 entry.stand_in = Alias.apply(entry, entry.parameter)
@@ -183,7 +229,10 @@ class Parameters:
         """
 
         def arrived(grad: Tensor) -> None:
-            if self.param_grads and entry.seen == identity(grad):
+            total, entry.total = entry.total, None
+            if self.param_grads and entry.seen is not None and entry.seen == identity(grad):
+                return
+            if total is not None and same(total, grad):
                 return
             if entry.tracked:
                 self.untapped(entry.name)
@@ -204,9 +253,14 @@ class Parameters:
 
     def release(self) -> None:
         """Take all hooks off."""
-        for entry in self:
+        for entry in self.entries.values():
             self.unwatch(entry)
-            entry.stand_in = None
+            entry.stand_in = entry.total = None
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two gradients are equal, bit for bit."""
+    return bool(torch.eq(one, other).logical_or(one.isnan() & other.isnan()).all())
 
 
 def stands_in(stand_in: Tensor, entry: Entry) -> bool:
@@ -220,43 +274,3 @@ def stands_in(stand_in: Tensor, entry: Entry) -> bool:
         and stand_in.device == parameter.device
         and stand_in.requires_grad == entry.tracked
     )
-
-
-def pull_back(shared: Shared, grads: Tensor) -> list[tuple[Entry, Tensor]]:
-    r"""Per-example gradients of a derived tensor $S(\theta)$ as those of its parameters.
-
-    $\partial \ell_b / \partial \theta = J_S^\top \, \partial \ell_b / \partial S$, one batched
-    vector-Jacobian product through the operators that derived it.
-
-    Args:
-        shared: the derived tensor.
-        grads: `(B, *S.shape)`.
-
-    Returns:
-        A pair of parameter and `(B, *parameter.shape)` for each parameter that S depends on.
-    """
-    if shared.tensor._version != shared.version:
-        names = ", ".join(entry.name for entry in shared.entries)
-        raise UnsupportedError(
-            f"a tensor derived from {names} was changed in place after it had been used: change a clone of it instead"
-        )
-    grads = grads.to(shared.tensor.dtype)
-
-    def product(grad: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            shared.tensor,
-            shared.stand_ins,
-            grad,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-
-    try:
-        found = product(grads, batched=True)
-    except RuntimeError:  # an operator without a batched derivative
-        each = [product(grad, batched=False) for grad in grads]
-        found = tuple(
-            None if any(part is None for part in parts) else torch.stack(parts) for parts in zip(*each, strict=True)
-        )
-    return [(entry, grad) for entry, grad in zip(shared.entries, found, strict=True) if grad is not None]

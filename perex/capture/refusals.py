@@ -11,8 +11,6 @@ from perex.capture.axis import Label, Lost
 from perex.capture.forward import Forward
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
 
-RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-
 
 class Refusals:
     """Makes and raises errors that name the running module.
@@ -29,12 +27,26 @@ class Refusals:
         return f"module '{self.where()}'" if self.where() else "the model's own forward"
 
     def mixed(self, label: Label) -> None:
-        """Raise where an operator mixes examples."""
-        if isinstance(label, Lost) and label.kind in ("mixed", "refused"):
-            raise ExamplesMixError(
+        """Raise where a layer's setting mixes examples."""
+        if isinstance(label, Lost) and label.kind == "refused":
+            raise self.error(label)
+
+    def error(self, label: Lost) -> PerexError:
+        """The error for a value of which perex cannot say whose it is, if a loss depends on it."""
+        if label.kind in ("mixed", "refused"):
+            return ExamplesMixError(
                 f"In {self.place()}, {label.why}. Examples of a batch must not influence each other, or none has "
                 "a gradient of its own."
             )
+        if label.kind == "unknown":
+            return UnsupportedError(
+                f"In {self.place()}, {label.why}, so perex cannot tell the examples apart, and the loss depends on "
+                "it. Rewrite that step, or do it outside the model's forward."
+            )
+        return ExamplesMixError(
+            f"In {self.place()}, {label.why}. The loss depends on it, so it is no sum or mean of a loss of each "
+            "example: compute one loss an example, and run `px.backward(losses)`"
+        )
 
     def taken_out(self, label: Lost, func: Any) -> PerexError:
         """The error for a number over the batch that leaves torch."""
@@ -43,12 +55,17 @@ class Refusals:
             "cannot follow whether it goes back to the examples. Do it outside the model's forward"
         )
 
+    def doubt(self, name: str, lost: Lost) -> str:
+        """What is open after a number over several examples had a say in what the examples get."""
+        return (
+            f"In {self.place()}, {lost.why}, and `{name}` makes use of that: whether an example gets something else in "
+            "another batch cannot be seen from here. `px.backward(losses)`, with one loss an example, runs a few of "
+            "the examples alone to find out"
+        )
+
     def when_differentiated(self, forward: Forward, label: Lost) -> Callable[[Tensor], None]:
         """A hook for a value over the batch that is no sum of losses: an error if a loss is made of it."""
-        error = ExamplesMixError(
-            f"In {self.place()}, {label.why}. The loss depends on it, so it is no sum or mean of a loss of each "
-            "example: compute one loss an example, and run `px.backward(losses)`"
-        )
+        error = self.error(label)
         return lambda grad: forward.refuse(error)
 
     def lost(self, label: Label, func: Any) -> PerexError:
@@ -77,12 +94,6 @@ class Refusals:
     def random(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise where the general path would draw other random numbers than the forward did."""
         name = getattr(func, "__name__", "")
-        if name in RECURRENT and len(args) == 9 and args[5] > 0 and args[6]:
-            raise self.unsupported(
-                func,
-                "has dropout inside, whose random choice cannot be repeated. Set its dropout to 0, or call "
-                "`.eval()` on the module",
-            )
         dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
         if name == "rrelu" or name == "scaled_dot_product_attention" and dropout > 0:
             raise self.unsupported(func, "draws random numbers together with a parameter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import sys
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from perex.capture.axis import Axis, Lost
-from perex.capture.checks import check_model, compiling, refuse_batch_statistics
+from perex.capture.axis import Axis, Held, Lost, Single
+from perex.capture.checks import check_model, compiling, learns_graph, refuse_batch_statistics
 from perex.capture.forward import Forward, Receiver
 from perex.capture.hooks import hook
 from perex.capture.mode import Capture
 from perex.capture.parameters import Parameters, Selection
+from perex.capture.sharding import EXIT, Exit, is_managed, leave_last, refuse_flat
 from perex.errors import AttachError, UnsupportedError
 from perex.rules.registry import module_rule_for
 
@@ -42,6 +44,24 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for item in dataclasses.fields(value):
             yield from tensors_of(getattr(value, item.name, None))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same of what a module returns as `fully_shard` looks into: containers, named tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {item.name: getattr(value, item.name) for item in dataclasses.fields(value) if item.init}
+        return dataclasses.replace(value, **{name: map_tensors(function, part) for name, part in parts.items()})
+    if isinstance(value, dict):
+        changed = copy.copy(value)
+        changed.update((key, map_tensors(function, part)) for key, part in value.items())
+        return changed
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, part) for part in value))
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(function, part) for part in value)
+    return value
 
 
 @dataclasses.dataclass(eq=False)
@@ -89,8 +109,9 @@ class Session:
         self.capture: Capture | None = None
         self.running = False
         self.forwards = 0
-        self.outputs: list[tuple[weakref.ref[Tensor], Axis | Lost]] = []  # of the latest forward
-        self.edges: list[tuple[int, list[tuple[GradientEdge, Axis]]]] = []
+        self.root: nn.Module | None = None  # whose call the running forward is
+        self.outputs: list[tuple[weakref.ref[Tensor], Held | Lost]] = []  # of the latest forward
+        self.edges: list[tuple[int, list[tuple[GradientEdge, Held]]]] = []
         """For each forward since the last backward (two at most), its number and where its outputs are in the graph."""
         self.consumed = False  # whether a backward came since the latest forward
         self.unseen: str | None = None  # why the latest call of the model began no forward, if so
@@ -128,10 +149,22 @@ class Session:
         elif not torch.is_grad_enabled():
             self.unseen = "it was called under no_grad"
             return
+        elif not self.parameters.param_grads and learns_graph(module):
+            raise AttachError(
+                "DistributedDataParallel(static_graph=True) learns in its first backward which parameters get gradients, "
+                "and with param_grads=False none does: train one step first, or call the model inside, `ddp.module`"
+            )
         elif torch.jit.is_tracing():
             raise AttachError("the model is being traced while perex is attached: detach first")
         elif not self.begin(frame, args, kwargs):
             return
+        if is_managed(module) and not self.parameters.sharded:
+            refuse_flat(self.parameters.model, [entry.parameter for entry in self.parameters.entries.values()])
+            self.parameters.sharded = True
+        if frame.begins:
+            self.root = module
+        if self.parameters.sharded and self.root is not None:
+            leave_last(self.root)
         refuse_batch_statistics(path, module)
         if self.capture is not None and self.capture.opaque is None:
             self.open_module(frame, module, args, kwargs)
@@ -150,6 +183,9 @@ class Session:
                 if out is not None:
                     result = self.close_module(capture, module, args, kwargs, out)
             if frame.begins and capture is not None and out is not None:
+                out = out if result is None else result
+                if self.parameters.sharded:
+                    out = result = self.behind_hooks(capture, out)
                 self.take_outputs(capture, out)
         finally:
             self.frames.pop()
@@ -179,7 +215,7 @@ class Session:
         goes_on = capture is not None and not self.consumed and not recomputed and any(id(t) in outputs for t in inputs)
         if not goes_on:
             if not recomputed:
-                self.parameters.refresh()
+                self.parameters.begin()
                 self.consumed = False
                 self.forwards += 1
             tracked = [entry for entry in self.parameters if entry.tracked]
@@ -219,7 +255,7 @@ class Session:
         for tensor in tensors_of(args):
             axis = self.input_axis(tensor, forward.batch)
             dims = [dim for dim, size in enumerate(tensor.shape) if size == forward.batch]
-            capture.labels.mark(tensor, axis or (Axis(dims[0]) if dims else None))
+            capture.labels.mark(tensor, axis or (capture.labels.plain(dims[0]) if dims else None))
         try:
             with capture:
                 yield
@@ -227,10 +263,12 @@ class Session:
             capture.labels.clean()
             self.capture, self.running, self.frames, self.caller = before
 
-    def input_axis(self, tensor: Tensor, batch: int) -> Axis | None:
+    def input_axis(self, tensor: Tensor, batch: int) -> Held | None:
         """The batch axis of an input: `batch_dim`, or dimension 0 of one that has fewer dimensions."""
         dim = self.batch_dim if tensor.dim() > self.batch_dim else 0
-        return Axis(dim) if tensor.dim() > dim and tensor.size(dim) == batch else None
+        if tensor.dim() <= dim or tensor.size(dim) != batch:
+            return None
+        return Single(0) if batch == 1 else Axis(dim)
 
     def end(self) -> None:
         """The outermost module has returned."""
@@ -275,16 +313,30 @@ class Session:
         assert rule is not None
         return capture.meeting.module(module, rule, args, kwargs, out)
 
+    def behind_hooks(self, capture: Capture, out: Any) -> Any:
+        """What a sharded model returns, each tensor behind an `Exit`."""
+
+        def behind(tensor: Tensor) -> Tensor:
+            label = capture.labels.of(tensor)
+            if not isinstance(label, (Axis, Single)) or not tensor.requires_grad:
+                return tensor
+            passed: Tensor = Exit.apply(tensor)
+            capture.labels.mark(passed, label)
+            return passed
+
+        return map_tensors(behind, out)
+
     def take_outputs(self, capture: Capture, out: Any) -> None:
         """Remember where the examples are in the outputs; refuse those in which they are mixed, or may be."""
         self.outputs = []
-        edges: list[tuple[GradientEdge, Axis]] = []
+        edges: list[tuple[GradientEdge, Held]] = []
         self.edges = [*self.edges[-1:], (capture.forward.number, edges)]
         for tensor in tensors_of(out):
             label = capture.labels.of(tensor)
-            if isinstance(label, Axis) and tensor.requires_grad:
+            audited = not self.parameters.sharded or tensor.grad_fn is not None and tensor.grad_fn.name() == EXIT
+            if isinstance(label, (Axis, Single)) and tensor.requires_grad and audited:
                 edges.append((get_gradient_edge(tensor), label))
-            if isinstance(label, (Axis, Lost)):
+            if isinstance(label, (Axis, Single, Lost)):
                 self.outputs.append((weakref.ref(tensor), label))
             if isinstance(label, Axis) and label.dim != self.batch_dim and capture.ambiguous is not None:
                 raise UnsupportedError(
@@ -297,11 +349,6 @@ class Session:
             if label.kind == "reduced" and (tensor.dim() or capture.counted is not None):
                 why = label if capture.counted is None else capture.counted
                 tensor.register_hook(capture.refuse.when_differentiated(capture.forward, why))
-            if label.kind in ("mixed", "unknown", "refused"):
-                raise UnsupportedError(
-                    f"perex cannot tell the examples apart in an output of the model: {label.why}. "
-                    "Rewrite that step, or do it outside the model's forward"
-                )
 
     def close(self) -> None:
         """Take everything off the model."""
@@ -311,7 +358,7 @@ class Session:
         if self.running:
             self.abort()
         self.parameters.release()
-        self.capture = None
+        self.capture = self.root = None
 
 
 def take_off(capture: Capture) -> None:

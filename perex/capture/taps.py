@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from perex.errors import UnsupportedError
+from perex.errors import PerexError, UnsupportedError
 
 if TYPE_CHECKING:
     from perex.capture.forward import Entry, Forward
@@ -94,7 +94,7 @@ class Alias(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
         """Pass the gradient on, noted."""
         if grad is not None:
-            ctx.entry.seen = identity(grad)
+            ctx.entry.note(grad)
         return None, grad
 
 
@@ -124,6 +124,25 @@ class Guard(torch.autograd.Function):
                     "inside the model's forward, or leave these parameters out with `params=`"
                 )
             )
+        return None, None, None, grad if passes else None
+
+
+class Poison(torch.autograd.Function):
+    """Behind a use of a parameter whose rows belong to no one example: an error if the loss depends on it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, forward: Forward, error: PerexError, passes: bool, result: Tensor) -> Tensor:
+        """Return the result's values."""
+        ctx.found = forward, error, passes  # type: ignore[attr-defined]
+        ctx.set_materialize_grads(False)
+        return result.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None, None, Tensor | None]:
+        """Report the error; pass the gradient on where the user wants gradients."""
+        forward, error, passes = ctx.found
+        if grad is not None:
+            forward.refuse(error)
         return None, None, None, grad if passes else None
 
 

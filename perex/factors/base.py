@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from perex.kernels.blocks import example_blocks
+from perex.kernels.blocks import block_size, example_blocks
+from perex.kernels.plan import Plan
 
 
 class Factor(ABC):
@@ -39,8 +40,26 @@ class Factor(ABC):
             Tensor `(B,)`.
         """
 
+    def plan(self) -> Plan | None:
+        """How `squared_norm` is computed and what it costs, by shapes alone; None where that is not known."""
+        return None
+
+    def dense_flops(self) -> int:
+        """Operations to multiply out the whole batch."""
+        return 0
+
     def merge(self, other: Factor) -> Factor | None:
         """One factor for the sum of both, or None where that is no simpler than keeping two."""
+        return None
+
+    def take(self, examples: Tensor) -> Factor:
+        """The gradients of some examples: `(n,)` numbers, in this order."""
+        from perex.factors.dense import Dense
+
+        return Dense(torch.cat([self.dense(b, b + 1) for b in examples.tolist()] or [self.dense(0, 0)]))
+
+    def beside(self, other: Factor) -> Factor | None:
+        """One factor for these examples and then those of `other`, or None where the two do not fit together."""
         return None
 
     def dot(self, other: Factor) -> Tensor:
@@ -54,6 +73,8 @@ class Factor(ABC):
         """
         from perex.factors.products import closed_form
 
+        if type(other).dot is not Factor.dot:  # it knows how to go into itself
+            return other.dot(self)
         form = closed_form(type(self), type(other))
         return self.blockwise_dot(other) if form is None else form(self, other)
 
@@ -64,6 +85,17 @@ class Factor(ABC):
             product = self.dense(i, j) * other.dense(i, j).conj()
             parts.append(product.real.reshape(j - i, -1).sum(1))
         return torch.cat(parts)
+
+    def dot_plan(self, other: Factor) -> Plan:
+        """How `dot` is computed and what it costs, by shapes alone."""
+        from perex.factors.products import closed_cost
+
+        cost = closed_cost(self, other)
+        if cost is not None:
+            return cost
+        entries = math.prod(self.shape)
+        flops = self.dense_flops() + other.dense_flops() + 2 * self.batch * entries
+        return Plan("multiplied out", flops, 3 * block_size(self.batch, entries) * entries)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of examples whose multiplied-out gradients fit in one block."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.kernels.outer import square
+from perex.kernels.plan import Plan
 
 
 @dataclass(eq=False)
@@ -39,6 +40,18 @@ class Dense(Factor):
         """See `Factor.squared_norm`."""
         return square(self.values).flatten(1).sum(1) if self.values.dim() > 1 else square(self.values)
 
+    def plan(self) -> Plan:
+        """See `Factor.plan`: values and their squares."""
+        return Plan("dense", 2 * self.values.numel(), 2 * self.values.numel())
+
     def merge(self, other: Factor) -> Factor | None:
         """Two dense factors add up."""
         return Dense(self.values + other.values) if isinstance(other, Dense) else None
+
+    def take(self, examples: Tensor) -> Factor:
+        """See `Factor.take`."""
+        return Dense(self.values[examples.to(self.values.device)])
+
+    def beside(self, other: Factor) -> Factor | None:
+        """See `Factor.beside`."""
+        return Dense(torch.cat((self.values, other.values))) if isinstance(other, Dense) else None

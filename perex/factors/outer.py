@@ -9,6 +9,7 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.kernels import outer as kernel
+from perex.kernels.plan import Plan
 
 
 @dataclass(eq=False)
@@ -38,9 +39,28 @@ class Outer(Factor):
         """See `Factor.squared_norm`."""
         return kernel.squared_norm(self.left.unsqueeze(1), self.right.unsqueeze(1))
 
+    def plan(self) -> Plan:
+        """See `Factor.plan`."""
+        return kernel.plan(self.left.unsqueeze(1).shape, self.right.unsqueeze(1).shape)
+
+    def dense_flops(self) -> int:
+        """See `Factor.dense_flops`."""
+        return 2 * self.left.numel() * self.right.shape[2]
+
     def merge(self, other: Factor) -> Factor | None:
         """Uses of one weight are further positions."""
         if not isinstance(other, Outer):
             return None
         left, right = torch.cat((self.left, other.left), 1), torch.cat((self.right, other.right), 1)
         return Outer(left, right, self.shape)
+
+    def take(self, examples: Tensor) -> Factor:
+        """See `Factor.take`."""
+        examples = examples.to(self.left.device)
+        return Outer(self.left[examples], self.right[examples], self.shape)
+
+    def beside(self, other: Factor) -> Factor | None:
+        """See `Factor.beside`: of as many positions."""
+        if not isinstance(other, Outer) or self.left.shape[1] != other.left.shape[1]:
+            return None
+        return Outer(torch.cat((self.left, other.left)), torch.cat((self.right, other.right)), self.shape)

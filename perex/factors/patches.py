@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
-from perex.kernels.convolution import Geometry, squared_norm, weight_gradient
+from perex.kernels.convolution import Geometry, plan, sizes, squared_norm, weight_gradient
+from perex.kernels.plan import Plan
 
 
 @dataclass(eq=False)
@@ -51,6 +52,15 @@ class Patches(Factor):
         """See `Factor.squared_norm`."""
         return squared_norm(self.x, self.grads, self.geometry)
 
+    def plan(self) -> Plan:
+        """See `Factor.plan`."""
+        return plan(self.x.shape, self.grads.shape, self.geometry)
+
+    def dense_flops(self) -> int:
+        """See `Factor.dense_flops`."""
+        positions, rows, columns = sizes(self.x.shape, self.grads.shape, self.geometry)
+        return 2 * self.batch * self.geometry.groups * positions * rows * columns
+
     def merge(self, other: Factor) -> Factor | None:
         """Uses with the same geometry and sizes are further rows."""
         if not isinstance(other, Patches) or self.geometry != other.geometry:
@@ -59,3 +69,16 @@ class Patches(Factor):
             return None
         x, grads = torch.cat((self.x, other.x), 1), torch.cat((self.grads, other.grads), 1)
         return Patches(x, grads, self.geometry)
+
+    def take(self, examples: Tensor) -> Factor:
+        """See `Factor.take`."""
+        examples = examples.to(self.x.device)
+        return Patches(self.x[examples], self.grads[examples], self.geometry)
+
+    def beside(self, other: Factor) -> Factor | None:
+        """See `Factor.beside`: with the same geometry and sizes."""
+        if not isinstance(other, Patches) or self.geometry != other.geometry:
+            return None
+        if self.x.shape[1:] != other.x.shape[1:] or self.grads.shape[1:] != other.grads.shape[1:]:
+            return None
+        return Patches(torch.cat((self.x, other.x)), torch.cat((self.grads, other.grads)), self.geometry)

@@ -12,8 +12,9 @@ from perex.factors.base import Factor
 from perex.factors.dense import Dense
 from perex.factors.outer import Outer
 from perex.factors.rows import Rows
-from perex.kernels.blocks import example_blocks
+from perex.kernels.blocks import block_size, example_blocks
 from perex.kernels.outer import gram_dot
+from perex.kernels.plan import Plan
 
 Product = Callable[[Any, Any], Tensor]
 PRODUCTS: dict[tuple[type[Factor], type[Factor]], Product] = {}
@@ -36,6 +37,24 @@ def product(first: type[Factor], second: type[Factor]) -> Callable[[Product], Pr
         return form
 
     return register
+
+
+def closed_cost(first: Factor, second: Factor) -> Plan | None:
+    """What the closed form costs where there is one, by shapes alone; None of those registered by others."""
+    if isinstance(second, Dense) or isinstance(first, Outer) and isinstance(second, Rows):
+        first, second = second, first
+    if isinstance(first, Dense) and isinstance(second, Outer):
+        size = second.left.numel() + second.right.numel()
+        return Plan("Dense . Outer", second.dense_flops() + 2 * second.right.numel(), size)
+    if isinstance(first, Dense) and isinstance(second, Rows):
+        return Plan("Dense . Rows", 2 * second.grads.numel(), 2 * second.grads.numel())
+    if isinstance(first, Rows) and isinstance(second, Outer) and second.left.shape[2] == first.shape[0]:
+        pairs, d = first.ids.shape[1] * second.left.shape[1], first.grads.shape[2]
+        return Plan("Rows . Outer", 2 * first.batch * pairs * (d + 1), 3 * block_size(first.batch, pairs) * pairs)
+    if isinstance(first, Outer) and isinstance(second, Outer):
+        pairs, width = first.left.shape[1] * second.left.shape[1], first.left.shape[2] + first.right.shape[2]
+        return Plan("Gram", 2 * first.batch * pairs * (width + 1), 3 * block_size(first.batch, pairs) * pairs)
+    return None
 
 
 @product(Outer, Outer)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.kernels import segments
+from perex.kernels.plan import Plan
 
 
 @dataclass(eq=False)
@@ -40,9 +41,28 @@ class Rows(Factor):
         """See `Factor.squared_norm`."""
         return segments.squared_norm(self.ids, self.grads, self.shape[0])
 
+    def plan(self) -> Plan:
+        """See `Factor.plan`."""
+        return segments.plan(self.grads.shape)
+
+    def dense_flops(self) -> int:
+        """See `Factor.dense_flops`."""
+        return self.grads.numel()
+
     def merge(self, other: Factor) -> Factor | None:
         """Uses of one table are further positions."""
         if not isinstance(other, Rows):
             return None
         ids, grads = torch.cat((self.ids, other.ids), 1), torch.cat((self.grads, other.grads), 1)
         return Rows(ids, grads, self.shape)
+
+    def take(self, examples: Tensor) -> Factor:
+        """See `Factor.take`."""
+        examples = examples.to(self.ids.device)
+        return Rows(self.ids[examples], self.grads[examples], self.shape)
+
+    def beside(self, other: Factor) -> Factor | None:
+        """See `Factor.beside`: of as many positions."""
+        if not isinstance(other, Rows) or self.ids.shape[1] != other.ids.shape[1]:
+            return None
+        return Rows(torch.cat((self.ids, other.ids)), torch.cat((self.grads, other.grads)), self.shape)

@@ -49,3 +49,7 @@ class Total(Factor):
     def dot(self, other: Factor) -> Tensor:
         r"""$\sum_i \langle G^{(i)}, H \rangle$."""
         return torch.stack([factor.dot(other) for factor in self.factors]).sum(0)
+
+    def take(self, examples: Tensor) -> Factor:
+        """See `Factor.take`."""
+        return Total(factor.take(examples) for factor in self.factors)

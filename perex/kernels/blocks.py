@@ -8,6 +8,11 @@ BLOCK = 2**20
 """Elements that a temporary may have: 4 MiB in float32, about what stays in a core's cache."""
 
 
+def block_size(batch: int, elements: int) -> int:
+    """How many examples `example_blocks` takes at a time."""
+    return max(1, min(BLOCK // max(elements, 1), (batch + 1) // 2))
+
+
 def example_blocks(batch: int, elements: int) -> Iterator[tuple[int, int]]:
     """Split a batch into ranges whose temporaries, of `elements` an example, stay within a block.
 
@@ -17,5 +22,5 @@ def example_blocks(batch: int, elements: int) -> Iterator[tuple[int, int]]:
     Yields:
         `(start, stop)` pairs that cover `range(batch)`; a single `(0, 0)` for an empty batch.
     """
-    step = max(1, min(BLOCK // max(elements, 1), (batch + 1) // 2))
+    step = block_size(batch, elements)
     yield from ((start, min(start + step, batch)) for start in range(0, max(batch, 1), step))

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perex.kernels import outer
-from perex.kernels.blocks import example_blocks
+from perex.kernels.blocks import block_size, example_blocks
+from perex.kernels.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,42 @@ CALL = 300_000
 """What a backend call costs beside its arithmetic, in multiply-adds."""
 
 
+def sizes(x: torch.Size, grads: torch.Size, geometry: Geometry) -> tuple[int, int, int]:
+    """Positions of an example, and rows and columns of the weight of one group."""
+    narrow = x if geometry.transposed else grads
+    rows, columns = geometry.weight_shape[0] // geometry.groups, math.prod(geometry.weight_shape[1:])
+    return narrow[1] * math.prod(narrow[3:]), rows, columns
+
+
+def unfolds(x: torch.Size, grads: torch.Size, geometry: Geometry) -> bool:
+    """Whether unfolding patches is cheaper than a backend call for each example."""
+    positions, rows, columns = sizes(x, grads, geometry)
+    direct = geometry.groups * positions * rows * columns
+    gram = geometry.groups * positions**2 * (rows + columns)
+    return min(direct, gram) + 4 * geometry.groups * positions * columns < direct + CALL
+
+
+def plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
+    """What `squared_norm` does with an input and output gradient of these shapes.
+
+    Args:
+        x: `(B, R, C_in, *spatial)`.
+        grads: `(B, R, C_out, *spatial')`.
+        geometry: the convolution's options.
+    """
+    batch, groups = x[0], geometry.groups
+    if x.numel() == 0 or grads.numel() == 0:
+        return Plan("nothing", 0, 0)
+    positions, rows, columns = sizes(x, grads, geometry)
+    if unfolds(x, grads, geometry):
+        left, right = torch.Size((batch, groups, positions, rows)), torch.Size((batch, groups, positions, columns))
+        inner = outer.plan(left, right)
+        patches = block_size(batch, groups * positions * columns) * groups * positions * columns
+        return Plan(f"unfolded, {inner.way}", inner.flops, inner.elements + patches)
+    entries = groups * rows * columns
+    return Plan("call per example", 2 * batch * entries * (positions + 1), 2 * entries)
+
+
 def squared_norm(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     r"""$\|G_b\|^2$ by the cheaper of two ways.
 
@@ -80,12 +117,7 @@ def squared_norm(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     batch = x.shape[0]
     if batch == 0 or x.numel() == 0 or grads.numel() == 0:
         return grads.new_zeros(batch)
-    rows, columns = geometry.weight_shape[0] // geometry.groups, math.prod(geometry.weight_shape[1:])
-    narrow = x if geometry.transposed else grads
-    positions = narrow.shape[1] * math.prod(narrow.shape[3:])
-    direct = geometry.groups * positions * rows * columns
-    gram = geometry.groups * positions**2 * (rows + columns)
-    if min(direct, gram) + 4 * geometry.groups * positions * columns < direct + CALL:
+    if unfolds(x.shape, grads.shape, geometry):
         return unfolded_squared_norm(x, grads, geometry)
     gradients = (weight_gradient(x[b], grads[b], geometry) for b in range(batch))
     return torch.stack([outer.square(gradient).sum() for gradient in gradients])

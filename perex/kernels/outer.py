@@ -2,10 +2,39 @@ r"""Squared norms and inner products of sums of outer products, $G_b = \sum_t l_
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from perex.kernels.blocks import example_blocks
+from perex.kernels.blocks import block_size, example_blocks
+from perex.kernels.plan import Plan
+
+
+def choose(positions: int, m: int, n: int) -> Literal["one position", "Gram", "direct"]:
+    """The cheapest form for `positions` outer products of `m` by `n` entries."""
+    if positions == 1:
+        return "one position"
+    return "Gram" if positions * (m + n) < m * n else "direct"
+
+
+def plan(left: torch.Size, right: torch.Size) -> Plan:
+    """What `squared_norm` does with tensors of these shapes.
+
+    Args:
+        left: `(B, G, T, m)`.
+        right: `(B, G, T, n)`.
+    """
+    batch, groups, positions, m = left
+    n = right[3]
+    way = choose(positions, m, n)
+    if way == "one position":
+        return Plan(way, 2 * batch * groups * (m + n + 1), batch * groups * (m + n))
+    if way == "Gram":
+        pairs = groups * positions**2
+        return Plan(way, 2 * batch * pairs * (m + n + 1), 3 * block_size(batch, pairs) * pairs)
+    entries = groups * m * n
+    return Plan(way, 2 * batch * entries * (positions + 1), 2 * block_size(batch, entries) * entries)
 
 
 def squared_norm(left: Tensor, right: Tensor) -> Tensor:
@@ -22,9 +51,10 @@ def squared_norm(left: Tensor, right: Tensor) -> Tensor:
         Tensor `(B,)`.
     """
     positions, m, n = left.shape[2], left.shape[3], right.shape[3]
-    if positions == 1:
+    way = choose(positions, m, n)
+    if way == "one position":
         return (square(left).sum(3) * square(right).sum(3)).sum((1, 2))
-    if positions * (m + n) < m * n:
+    if way == "Gram":
         return gram_dot(left, right, left, right)
     return direct_squared_norm(left, right)
 

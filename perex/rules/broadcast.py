@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perex.capture.axis import Single
 from perex.factors import Dense, Factor
 from perex.rules.call import Captured
 from perex.rules.registry import operator_rule
@@ -18,6 +19,8 @@ def summed(captured: Captured, name: str, scale: float) -> Factor:
     assert grad is not None
     shape = captured.shape(name)
     rows = axis.rows(grad if scale == 1 else grad * scale, batch)  # (B, *batch-of-one shape)
+    if isinstance(axis, Single):
+        return Dense(rows.sum_to_size(batch, *aligned(rows.dim() - 1, shape)).reshape(batch, *shape))
     place = axis.dim - grad.dim() + len(shape)  # where the argument would have the batch axis
     if place < 0 or shape[place] == 1:
         return Dense(rows.sum_to_size(batch, *aligned(rows.dim() - 1, shape)).reshape(batch, *shape))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from perex.capture.axis import Axis
+from perex.capture.axis import Held
 
 if TYPE_CHECKING:
     from perex.capture.forward import Forward, Source
@@ -54,7 +54,8 @@ class Call:
     the parameters (or tensors derived from parameters alone) whose gradients are wanted: by argument name
     for an operator with a rule, by attribute name for a module with a rule, by tensor number on the general
     path. There `rows[i]` is the axis of a shared or constant tensor whose rows are aligned with the examples, as
-    those of `token.expand(B, -1, -1)` are.
+    those of `token.expand(B, -1, -1)` are. `batch` is the number of examples, or of those that have a part in the
+    call, `examples`: rows that were routed to an expert are of a few. In all axes these are numbered from 0 then.
     """
 
     forward: Forward
@@ -63,12 +64,14 @@ class Call:
     rule: Rule
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    axes: list[Axis | None]
+    axes: list[Held | None]
     slots: dict[Any, Source]
-    out_axes: list[Axis]
+    out_axes: list[Held]
     shapes: list[torch.Size]
+    batch: int
+    examples: list[int] | None = None
     kept: list[int] = field(default_factory=list)
-    rows: dict[int, Axis] = field(default_factory=dict)
+    rows: dict[int, Held] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -93,7 +96,7 @@ class Captured:
 
     def __init__(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         self.call = call
-        self.batch = call.forward.batch
+        self.batch = call.batch
         self.grads = [None if grad is None else widen(grad.detach()) for grad in grads]
         self.tensors: dict[int, Tensor] = {i: t.detach() for i, t in zip(call.kept, saved, strict=True)}
 

@@ -32,7 +32,7 @@ def general(captured: Captured) -> dict[Any, Factor]:
         if axis is None:
             fixed[index] = tensor
         else:
-            rows[index] = axis.rows(tensor, batch)
+            rows[index] = axis.rows(tensor, batch, repeat=True)
     outputs = [k for k, grad in enumerate(captured.grads) if grad is not None]
     grads = [call.out_axes[k].rows(grad, batch) for k, grad in enumerate(captured.grads) if grad is not None]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from perex.capture.axis import Axis, Label
+from perex.capture.axis import Axis, Label, arranged
 from perex.capture.carry import Operation, dims_of, factory, family, normal, result_tensor
 
 family("arange linspace logspace eye zeros ones full empty new_zeros new_ones new_full new_empty new_tensor")(factory)
@@ -19,7 +20,7 @@ def aligned(op: Operation, arguments: list[tuple[Tensor, Axis]] | None = None) -
         if place.dim < 0 or out.size(place.dim) != axis.size(op.batch):
             return op.mixed("broadcasts over the batch axis")
         places.add(place)
-    return places.pop() if len(places) == 1 else op.mixed("pairs examples with each other")
+    return places.pop() if len(places) == 1 else op.agreed(places)
 
 
 @family(
@@ -45,8 +46,15 @@ def aligned(op: Operation, arguments: list[tuple[Tensor, Axis]] | None = None) -
 def pointwise(op: Operation) -> Label:
     """One element in, one element out, with broadcasting."""
     if op.name == "where" and len(op.args) + len(op.kwargs) == 1:
-        return op.unknown("finds positions")
+        return positions(op)
     return aligned(op)
+
+
+def positions(op: Operation) -> Label:
+    """Where a mask is true, one position a row: a row is of the example in whose part of the mask it is."""
+    mask, axis = op.batched()[0]
+    owners = axis.ids(op.batch)[mask.detach().nonzero()[:, axis.dim].cpu()]
+    return arranged(0, owners, op.batch)
 
 
 @family("to type type_as")
@@ -60,6 +68,8 @@ def over(op: Operation, dims: list[int], keepdim: bool) -> Label:
     (tensor, axis), *others = op.batched()
     if others:
         return op.unknown()
+    if axis.dim in dims and axis.owners is not None and op.name == "mean":
+        return op.bent("averages over rows, of which examples have different numbers")
     if axis.dim in dims:
         return op.reduced() if op.name in ("sum", "mean", "nansum") else op.bent("reduces the batch axis")
     return axis if keepdim else axis.moved(axis.dim - sum(d < axis.dim for d in dims))
@@ -126,7 +136,9 @@ def along(op: Operation) -> Label:
             dim = [d for d in op.args[1:] if isinstance(d, int)]
         if dim is None:  # softmax picks a dimension itself
             dim = 0 if tensor.dim() in (0, 1, 3) else 1
-    return op.mixed() if axis.dim in dims_of(dim, tensor.dim()) else axis
+    if axis.dim not in dims_of(dim, tensor.dim()):
+        return axis
+    return arranged(axis.dim, axis.ids(op.batch).flip(0), op.batch) if op.name == "flip" else op.mixed()
 
 
 @family("topk")
@@ -140,7 +152,12 @@ def topk(op: Operation) -> Label:
 def roll(op: Operation) -> Label:
     """`roll(input, shifts, dims)`."""
     tensor, axis = op.batched()[0]
-    return op.mixed() if axis.dim in dims_of(op.arg(2, "dims"), tensor.dim()) else axis
+    dims = dims_of(op.arg(2, "dims"), tensor.dim())
+    if axis.dim not in dims or op.arg(2, "dims") is None:
+        return op.mixed() if axis.dim in dims else axis
+    shifts = op.arg(1, "shifts")
+    shift = shifts if isinstance(shifts, int) else shifts[dims.index(axis.dim)]
+    return arranged(axis.dim, axis.ids(op.batch).roll(shift), op.batch)
 
 
 @family("normalize")
@@ -174,7 +191,26 @@ def triangle(op: Operation) -> Label:
     return op.mixed("masks by position in the batch") if axis.dim >= tensor.dim() - 2 else axis
 
 
-@family("bincount histc unique unique_consecutive nonzero argwhere masked_select")
+@family("nonzero argwhere")
+def nonzero(op: Operation) -> Label:
+    """Where a tensor is not zero: `(N, ndim)`, or with `as_tuple` a row of positions for each dimension."""
+    return positions(op)
+
+
+@family("masked_select")
+def masked_select(op: Operation) -> Label:
+    """`x[mask]`, with x and mask broadcast against each other."""
+    x, mask = op.args[:2]
+    shape = torch.broadcast_shapes(x.shape, mask.shape)
+    places = [axis.moved(axis.dim - tensor.dim() + len(shape)) for tensor, axis in op.batched()]
+    axis = op.agreed(places)
+    if not isinstance(axis, Axis):
+        return axis
+    owners = axis.ids(op.batch)[mask.detach().expand(shape).nonzero()[:, axis.dim].cpu()]
+    return arranged(0, owners, op.batch)
+
+
+@family("bincount histc unique unique_consecutive")
 def by_value(op: Operation) -> Label:
     """Results whose size depends on values."""
     return op.unknown("arranges its result by value")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perex.capture.axis import Axis, Label
+from perex.capture.axis import Axis, Label, arranged
 from perex.capture.carry import DECIDES, FAMILIES, Operation, family, normal, result_tensor
 from perex.capture.families.elementwise import aligned
 
@@ -166,15 +166,62 @@ def attention(op: Operation) -> Label:
 @family("lstm gru rnn_tanh rnn_relu")
 def recurrent(op: Operation) -> Label | list[Label]:
     """`(input, hx, weights, ..., batch_first)`: outputs follow the input, states have examples on dim 1."""
-    x = op.args[0]
+    x, second = op.args[:2]
+    if len(op.args) == 9 and isinstance(second, Tensor) and not second.is_floating_point():
+        return packed(op)
     if len(op.args) != 9 or x.dim() != 3:
-        return op.unknown("is called on packed or unbatched sequences")
+        return op.unknown("is called on unbatched sequences")
     want = Axis(0 if op.args[8] else 1)
     states = op.args[1] if isinstance(op.args[1], (list, tuple)) else [op.args[1]]
-    if op.axis(x) != want or any(op.axis(h) not in (None, Axis(1)) for h in states) or not op.only(x, *states):
-        return op.mixed("works along the batch axis: is `batch_first` right?")
-    states_out: list[Label] = [Axis(1)] * (len(op.out) - 1)
+    if op.axis(x) != want:
+        found = op.axis(x)  # perhaps a part of the batch, or in another order
+        if found is None or found.dim != want.dim:
+            return op.mixed("works along the batch axis: is `batch_first` right?")
+        want = found
+    if any(op.axis(h) not in (None, want.moved(1)) for h in states) or not op.only(x, *states):
+        return op.mixed("has a first state that is in another order than its input")
+    states_out: list[Label] = [want.moved(1)] * (len(op.out) - 1)
     return [want, *states_out]
+
+
+def packed(op: Operation) -> Label | list[Label]:
+    """`(data, batch_sizes, hx, weights, ...)`: step t has the first `batch_sizes[t]` sequences, longest first."""
+    data, sizes = op.args[0], op.args[1].tolist()
+    axis = op.axis(data)
+    states = op.args[2] if isinstance(op.args[2], (list, tuple)) else [op.args[2]]
+    if axis is None or axis.dim != 0 or not op.only(data, *states):
+        return op.mixed("has rows of examples in another place than its input")
+    ids = axis.ids(op.batch)
+    first = ids[: sizes[0]]
+    if not torch.equal(ids, torch.cat([first[:size] for size in sizes])):
+        return op.mixed("has rows of several examples in one sequence")
+    order = arranged(1, first, op.batch)
+    if any(op.axis(h) not in (None, order) for h in states):
+        return op.mixed("has a first state that is in another order than its input")
+    return [axis, *[order] * (len(op.out) - 1)]
+
+
+def pack(op: Operation) -> list[Label]:
+    """Sequences `(B, T, ...)`, longest first, as all first steps, then all second steps, and so on."""
+    x, batch_first = op.arg(0, "input"), op.arg(2, "batch_first")
+    axis = op.axis(x)
+    if axis is None or axis.dim != (0 if batch_first else 1):
+        return [op.mixed(), None]
+    ids = axis.ids(op.batch)
+    return [arranged(0, torch.cat([ids[:size] for size in op.out[1].tolist()]), op.batch), None]
+
+
+def unpack(op: Operation) -> list[Label]:
+    """The reverse of `pack`, and the lengths."""
+    axis = op.axis(op.arg(0, "data"))
+    if axis is None or axis.dim:
+        return [op.mixed(), None]
+    first = axis.ids(op.batch)[: int(op.arg(1, "batch_sizes")[0])]
+    return [arranged(0 if op.arg(2, "batch_first") else 1, first, op.batch), arranged(0, first, op.batch)]
+
+
+FAMILIES[torch._VF._pack_padded_sequence] = pack  # type: ignore[attr-defined]
+FAMILIES[torch._VF._pad_packed_sequence] = unpack  # type: ignore[attr-defined]
 
 
 @family("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perex.capture.axis import Axis, Label, after_reshape
-from perex.capture.carry import FAMILIES, Operation, dims_of, family, normal, result_tensor
+from perex.capture.axis import NOBODY, Axis, Label, Lost, Owners, Single, after_reshape, arranged
+from perex.capture.carry import FAMILIES, JOINS, Operation, dims_of, family, normal, result_tensor
 from perex.capture.families.elementwise import aligned
 
 
@@ -130,49 +131,66 @@ def repeat(op: Operation) -> Label:
     dim = axis.dim + out.dim() - tensor.dim()
     size = tensor.size(axis.dim)
     times = out.size(dim) // size if size else 1
+    if axis.owners is not None:
+        return arranged(dim, axis.owners.ids.repeat(times), op.batch)
     return Axis(dim, axis.outer * times, axis.inner)
 
 
 @family("repeat_interleave", in_place=False)
 def repeat_interleave(op: Operation) -> Label:
-    """Every row several times in a row: with a number of times, or a tensor of them for other dims."""
-    found = only(op)
-    dim = op.arg(2, "dim")
-    if found is None or dim is None or not isinstance(op.arg(1, "repeats"), int):
+    """Every row several times in a row: all as often, or each as a tensor says."""
+    tensor, repeats, dim = op.arg(0, "input"), op.arg(1, "repeats"), op.arg(2, "dim")
+    axis, times = op.axis(tensor), op.axis(repeats)
+    if repeats is None:  # row i as often as entry i says, counted from 0
         return op.unknown()
-    tensor, axis = found
-    return axis._replace(inner=axis.inner * op.arg(1, "repeats")) if normal(dim, tensor.dim()) == axis.dim else axis
+    if dim is None:
+        if axis is not None and tensor.dim() > 1:
+            return op.unknown()
+        dim = 0
+    dim = normal(dim, tensor.dim())
+    if axis is None or axis.dim != dim:
+        return op.mixed() if times is not None else axis
+    if times is not None and op.agreed([axis.moved(0), times]) != axis.moved(0):
+        return op.mixed()
+    if isinstance(repeats, int) and axis.owners is None:
+        return axis._replace(inner=axis.inner * repeats)
+    count = repeats.cpu() if isinstance(repeats, Tensor) else repeats
+    return arranged(dim, axis.ids(op.batch).repeat_interleave(count), op.batch)
 
 
-def picked(op: Operation, dim: int, drops: bool) -> Label:
-    """After some rows of dimension `dim` were taken; `drops` when the dimension is gone."""
+def picked(op: Operation, dim: int, index: Any) -> Label:
+    """After rows `index` of dimension `dim` were taken, in this order; for a number the dimension is gone."""
     found = only(op)
     if found is None:
         return op.unknown()
     tensor, axis = found
     dim = normal(dim, tensor.dim())
     if axis.dim == dim:
-        return axis if not drops and op.out_is_whole(dim, tensor) else op.unknown("picks examples by position")
-    return axis.moved(axis.dim - 1) if drops and dim < axis.dim else axis
+        owners = axis.ids(op.batch)[index]
+        return Single(int(owners)) if isinstance(index, int) else arranged(dim, owners, op.batch)
+    return axis.moved(axis.dim - 1) if isinstance(index, int) and dim < axis.dim else axis
 
 
 @family("select", in_place=False)
 def select(op: Operation) -> Label:
     """`select(input, dim, index)`."""
-    return picked(op, op.arg(1, "dim"), drops=True)
+    return picked(op, op.arg(1, "dim"), int(op.arg(2, "index")))
 
 
-@family("narrow index_select slice", in_place=False)
+@family("narrow", in_place=False)
 def narrow(op: Operation) -> Label:
-    """`narrow(input, dim, start, length)`, `index_select(input, dim, index)`."""
-    found = only(op)
-    ids = op.arg(2, "index")
-    own = op.axis(ids)
-    if op.name == "index_select" and own is not None and len(op.batched()) == 1:  # a table looked up
-        return own.moved(normal(op.arg(1, "dim"), op.args[0].dim()))
-    if found is not None and op.name == "index_select" and normal(op.arg(1, "dim"), found[0].dim()) == found[1].dim:
-        return op.unknown("picks examples by position")
-    return picked(op, op.arg(1, "dim"), drops=False)
+    """`narrow(input, dim, start, length)`."""
+    start = int(op.arg(2, "start"))
+    size = op.args[0].size(op.arg(1, "dim"))
+    start = start + size if start < 0 else start
+    return picked(op, op.arg(1, "dim"), slice(start, start + int(op.arg(3, "length"))))
+
+
+@family("index_select", in_place=False)
+def index_select(op: Operation) -> Label:
+    """`index_select(input, dim, index)`: as `input[:, index]`."""
+    x, dim, index = op.arg(0, "input"), op.arg(1, "dim"), op.arg(2, "index")
+    return of_one(op, indexed(op, x, (slice(None),) * normal(dim, x.dim()) + (index,)))
 
 
 @family("diff", in_place=False)
@@ -195,36 +213,64 @@ def split(op: Operation) -> Label | list[Label]:
     dim = normal(op.arg(position, "dim", 0), tensor.dim())
     if dim != axis.dim:
         return axis.moved(axis.dim - 1) if op.name == "unbind" and dim < axis.dim else axis
-    block = op.batch * axis.inner
-    if op.name == "unbind" or block == 0 or any(piece.size(dim) % block for piece in op.out):
-        return op.unknown("splits the batch")
-    return [Axis(dim, piece.size(dim) // block, axis.inner) for piece in op.out]
+    owners = axis.ids(op.batch)
+    if op.name == "unbind":
+        return [Single(int(b)) if b != NOBODY else None for b in owners]
+    labels: list[Label] = []
+    for piece in op.out:
+        labels.append(arranged(dim, owners[: piece.size(dim)], op.batch))
+        owners = owners[piece.size(dim) :]
+    return labels
 
 
 @family("cat concat concatenate", in_place=False)
 def cat(op: Operation) -> Label:
-    """Side by side along a dimension; several batches along the batch axis are kept apart."""
+    """Side by side along a dimension; what is put beside examples and is none is nobody's."""
     parts = list(op.arg(0, "tensors"))
-    dim = op.arg(1, "dim", op.kwargs.get("axis", 0))
+    dim = normal(op.arg(1, "dim", 0), result_tensor(op).dim())
     axes = {axis for _, axis in op.batched()}
-    out = result_tensor(op)
-    dim = normal(dim, out.dim())
-    if all(axis.dim != dim for axis in axes):
-        return axes.pop() if len(axes) == 1 else op.mixed("pairs examples with each other")
-    inner = {(axis.dim, axis.inner) for axis in axes}
-    if len(inner) != 1 or any(op.axis(part) is None for part in parts if part.numel()):
-        return op.unknown("puts other rows beside the examples")
-    return Axis(dim, sum(axis.outer for part in parts if (axis := op.axis(part))), inner.pop()[1])
-
-
-@family("stack", in_place=False)
-def stack(op: Operation) -> Label:
-    """A new dimension, one entry a tensor."""
-    axes = {axis for _, axis in op.batched()}
-    if len(axes) != 1:
+    singles = [single for part in parts if isinstance(single := op.held(part), Single)]
+    if axes and not singles and all(axis.dim != dim for axis in axes):
+        return op.agreed(axes)
+    if any(axis.dim != dim for axis in axes):
         return op.mixed("pairs examples with each other")
-    axis = axes.pop()
-    return axis.moved(axis.dim + (axis.dim >= normal(op.arg(1, "dim", 0), result_tensor(op).dim())))
+    owners = []
+    for part in parts:
+        held = op.held(part)
+        if isinstance(held, Axis):
+            owners.append(held.ids(op.batch))
+        elif part.numel() or part.dim() > 1:
+            owners.append(torch.full((part.size(dim),), held.example if isinstance(held, Single) else NOBODY))
+    return arranged(dim, torch.cat(owners), op.batch)
+
+
+@family("stack vstack hstack row_stack column_stack dstack", in_place=False)
+def stack(op: Operation) -> Label:
+    """A new dimension, one entry a tensor; each may be of one example."""
+    parts = list(op.arg(0, "tensors"))
+    axes = {axis for _, axis in op.batched()}
+    singles = [op.held(part) for part in parts]
+    if op.name != "stack":
+        return op.unknown()
+    dim = normal(op.arg(1, "dim", 0), result_tensor(op).dim())
+    if not axes:
+        owners = [single.example if isinstance(single, Single) else NOBODY for single in singles]
+        return arranged(dim, torch.tensor(owners), op.batch)
+    if any(isinstance(single, Single) for single in singles):
+        return op.mixed("pairs examples with each other")
+    axis = op.agreed(axes)
+    return axis.moved(axis.dim + (axis.dim >= dim)) if isinstance(axis, Axis) else axis
+
+
+def pad_sequence(op: Operation) -> Label:
+    """Sequences of different lengths under each other, `(N, T, ...)` or with time first."""
+    sequences, batch_first = op.arg(0, "sequences"), op.arg(1, "batch_first", False)
+    owners = [held.example if isinstance(held := op.held(t), Single) else NOBODY for t in sequences]
+    return op.unknown() if op.batched() else arranged(0 if batch_first else 1, torch.tensor(owners), op.batch)
+
+
+FAMILIES[torch._C._nn.pad_sequence] = pad_sequence
+JOINS.update((cat, stack, pad_sequence))
 
 
 @family("pad", in_place=False)
@@ -239,22 +285,95 @@ def pad(op: Operation) -> Label:
     return op.unknown("pads the batch axis") if any(sizes[2 * back : 2 * back + 2]) else axis
 
 
-@family("gather scatter scatter_add scatter_reduce take_along_dim index_add index_copy index_fill")
+@family("gather take_along_dim scatter scatter_add scatter_reduce index_add index_copy index_fill index_reduce")
 def gather(op: Operation) -> Label:
     """Positions along one dimension; the other dimensions of all arguments are aligned."""
     dim = op.arg(2 if op.name == "take_along_dim" else 1, "dim")
     out = result_tensor(op)
     if dim is None:
         return op.unknown()
-    axes = {axis for _, axis in op.batched()}
-    if len(axes) != 1:
-        return op.mixed("pairs examples with each other")
-    axis = axes.pop()
-    if axis.dim == normal(dim, out.dim()) or out.size(axis.dim) != axis.size(op.batch):
-        return op.mixed()
-    if op.name.startswith("index") and op.axis(op.arg(2, "index")) is not None:
-        return op.mixed("picks positions that differ between examples")
+    dim = normal(dim, out.dim())
+    if any(not isinstance(held, Axis) or held.dim == dim or flat(op, t) for t, held in op.inputs if held is not None):
+        return routed(op, dim)
+    if not op.batched():
+        return None
+    axis = op.agreed(axis for _, axis in op.batched())
+    if not isinstance(axis, Axis) or out.size(axis.dim) != axis.size(op.batch):
+        return axis if isinstance(axis, Lost) else op.mixed()
     return axis
+
+
+def flat(op: Operation, tensor: Tensor) -> bool:
+    """Whether a tensor is the `(N,)` index of `index_add` and its kin, which is not aligned with the others."""
+    return op.name.startswith("index") and tensor is op.arg(2, "index")
+
+
+def routed(op: Operation, dim: int) -> Label:
+    """Rows that go to, or come from, other places along the batch axis: each must stay with its example."""
+    x = op.arg(0, "input")
+    reads = op.name in ("gather", "take_along_dim")
+    index = op.arg(1, "indices") if op.name == "take_along_dim" else op.arg(2, "index")
+    source = None if reads or op.name == "index_fill" else op.arg(3, "src", op.kwargs.get("source"))
+    held = op.held(source) if isinstance(source, Tensor) else None
+    table = op.axis(x)
+    place = index.detach().cpu()
+    if op.name.startswith("index"):
+        place = place.reshape([-1 if d == dim else 1 for d in range(max(x.dim(), 1))])
+    here = owners_of(op, index, place, dim)
+    if isinstance(held, Single):
+        here = merged(here, torch.full([1] * source.dim(), held.example))
+    elif isinstance(held, Axis):
+        if held.dim != dim:
+            return op.mixed()
+        here = merged(here, held.ids(op.batch).reshape([-1 if d == dim else 1 for d in range(source.dim())]))
+    if here is None or table is not None and table.dim != dim:
+        return op.mixed("picks positions that differ between examples")
+    size = x.size(dim)
+    owners = table.ids(op.batch) if table is not None else torch.full((size,), NOBODY)
+    there = owners[place]
+    here = here.expand(torch.broadcast_shapes(here.shape, there.shape))
+    if bool(((there != here) & (there != NOBODY) & (here != NOBODY)).any()):
+        return op.mixed("moves rows between examples")
+    if reads:
+        rows = by_row(torch.where(here == NOBODY, there, here), dim)
+        return arranged(dim, rows.amax(1), op.batch) if one_owner(rows) else op.mixed("picks rows across examples")
+    claims = here.movedim(dim, 0).flatten()
+    rows = place.expand(here.shape).movedim(dim, 0).flatten()
+    after = owners.clone()
+    after[rows] = torch.where(claims == NOBODY, after[rows], claims)
+    if bool(((after[rows] != claims) & (claims != NOBODY)).any()):
+        return op.mixed("puts rows of several examples into one")
+    return arranged(dim, after, op.batch)
+
+
+def owners_of(op: Operation, index: Tensor, place: Tensor, dim: int) -> Tensor | None:
+    """The example of each entry of an index in `place`'s shape; None where it is not along `dim`."""
+    axis = op.held(index)
+    if not isinstance(axis, Axis):
+        return torch.full([1] * place.dim(), NOBODY if axis is None else axis.example)
+    if flat(op, index):
+        return axis.ids(op.batch).reshape(place.shape)
+    if axis.dim != dim:
+        return None
+    return axis.ids(op.batch).reshape([-1 if d == dim else 1 for d in range(place.dim())])
+
+
+def merged(one: Tensor | None, other: Tensor) -> Tensor | None:
+    """Owners where two tensors say whose a row is; None where they disagree."""
+    if one is None or bool(((one != other) & (one != NOBODY) & (other != NOBODY)).any()):
+        return None
+    return torch.where(one == NOBODY, other, one)
+
+
+def by_row(owners: Tensor, dim: int) -> Tensor:
+    """Dimension `dim` in front, and all others in one."""
+    front = owners.movedim(dim, 0)
+    return front.reshape(len(front), math.prod(front.shape[1:]))
+
+
+def one_owner(rows: Tensor) -> bool:
+    """Whether each row `(N, n)` of owners has one, beside nobody."""
+    return not rows.numel() or bool(((rows == rows.amax(1, keepdim=True)) | (rows == NOBODY)).all())
 
 
 @family("take", in_place=False)
@@ -274,7 +393,18 @@ def complex_view(op: Operation) -> Label:
 @family("getitem", in_place=False)
 def getitem(op: Operation) -> Label:
     """`x[index]`, basic and advanced."""
-    return indexed(op, op.args[0], op.args[1])
+    return of_one(op, indexed(op, op.args[0], op.args[1]))
+
+
+def of_one(op: Operation, label: Label) -> Label:
+    """The label of what is picked by an index that is of one example alone: it must be that example's."""
+    singles = {held for _, held in op.inputs if isinstance(held, Single)}
+    if not singles or isinstance(label, Lost) or label is None and op.axis(op.args[0]) is None:
+        return singles.pop() if len(singles) == 1 and label is None else label
+    if isinstance(label, Axis):
+        label = arranged(label.dim, label.ids(op.batch), op.batch)
+    empty = isinstance(label, Axis) and not label.size(op.batch)
+    return label if {label} == singles or empty else op.mixed("picks rows across examples")
 
 
 def indexed(op: Operation, source: Tensor, index: Any) -> Label:
@@ -284,16 +414,26 @@ def indexed(op: Operation, source: Tensor, index: Any) -> Label:
     block of dimensions, at the place of the first when they are neighbours and in front otherwise.
     """
     entries = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(e, Tensor) and e.dtype in (torch.bool, torch.uint8) for e in entries):
-        return op.unknown("picks by a mask")
     entries = [torch.as_tensor(e) if isinstance(e, (list, range)) else e for e in entries]
-    entries = [int(e) if isinstance(e, Tensor) and e.dim() == 0 and op.label(e) is None else e for e in entries]
+    entries = [int(e) if isinstance(e, Tensor) and single_number(op, e) else e for e in entries]
+    labels = {id(e): op.axis(e) for e in entries if isinstance(e, Tensor)}
+    for at, entry in reversed(list(enumerate(entries))):  # a mask stands for the positions at which it is true
+        if isinstance(entry, Tensor) and entry.dtype in (torch.bool, torch.uint8):
+            found = entry.detach().nonzero(as_tuple=True)
+            own = labels.pop(id(entry))
+            if own is not None:
+                owner = arranged(0, own.ids(op.batch)[found[own.dim].cpu()], op.batch)
+                if isinstance(owner, Single):
+                    owner = Axis(0, owners=Owners(torch.full((len(found[0]),), owner.example)))
+                labels.update({id(f): owner for f in found})
+            entries[at : at + 1] = found
     used = sum(e is not None and e is not Ellipsis for e in entries)
     if any(e is Ellipsis for e in entries):
         at = next(i for i, e in enumerate(entries) if e is Ellipsis)
         entries[at : at + 1] = [slice(None)] * (source.dim() - used)
     entries += [slice(None)] * (source.dim() - sum(e is not None for e in entries))
     axis = op.axis(source)
+    dropped: int | None = None
     advanced = [i for i, e in enumerate(entries) if isinstance(e, Tensor)]
     ids = [entries[i] for i in advanced]
     block = torch.broadcast_shapes(*(e.shape for e in ids)) if ids else torch.Size()
@@ -311,26 +451,61 @@ def indexed(op: Operation, source: Tensor, index: Any) -> Label:
             if axis is not None and dim == axis.dim:
                 size = source.size(dim)
                 if entry.indices(size) != (0, size, 1):
-                    return op.unknown("picks examples by position")
+                    held = arranged(dim, axis.ids(op.batch)[entry], op.batch)
+                    if isinstance(held, Single):
+                        dropped = held.example
+                        held = axis._replace(owners=Owners(axis.ids(op.batch)[entry]))
+                    if held is None:
+                        return None
+                    axis = held
             result.append(dim)
         elif axis is not None and dim == axis.dim:
-            return op.unknown("picks one example")
+            dropped = int(axis.ids(op.batch)[int(entry)])
         dim += 1
     if ids and not together:
         result[:0] = ["ids"] * len(block)
+    first = result.index("ids") if ids else 0
     places = set()
     for tensor in ids:
-        own = op.axis(tensor)
+        own = labels.get(id(tensor))
         if own is not None:
-            places.add(own.moved(result.index("ids") + own.dim - tensor.dim() + len(block)))
+            places.add(own.moved(first + own.dim - tensor.dim() + len(block)))
+    if dropped is not None:
+        return op.mixed("picks rows across examples") if places else Single(dropped) if dropped != NOBODY else None
     if axis is not None:
         taken = [e for e in entries if e is not None][axis.dim]
-        if not isinstance(taken, Tensor):
+        if isinstance(taken, Tensor):  # x[ids]: a row is whose it was
+            ids = axis.ids(op.batch)
+            owners = ids[taken.cpu().long()].expand(block)
+            held = along_one(owners, op.batch)
+            if op.doubt is not None and torch.equal(taken.flatten().sort().values.cpu(), torch.arange(len(ids))):
+                op.doubt = None  # all rows in another order: whoever chose it, every example is served
+            if held is None:
+                return op.mixed("picks rows across examples")
+            if isinstance(held, Single):
+                if all(bool((place.ids(op.batch) == held.example).all()) for place in places):
+                    return held
+                return op.mixed("picks rows across examples")
+            places.add(held.moved(first + held.dim))
+        else:
             places.add(axis.moved(result.index(axis.dim)))
-        else:  # x[arange(B), position]: row b is read by example b
-            rows = torch.arange(op.batch, device=taken.device)
-            if not axis.plain or op.axis(taken) is not None or not torch.equal(taken.flatten(), rows):
-                return op.unknown("picks examples by position")
-            first = next(d for d, size in enumerate(taken.shape) if size == op.batch)
-            places.add(Axis(result.index("ids") + first - taken.dim() + len(block)))
-    return places.pop() if len(places) == 1 else op.mixed("picks rows across examples")
+    return places.pop() if len(places) == 1 else op.agreed(places) if places else None
+
+
+def single_number(op: Operation, entry: Tensor) -> bool:
+    """Whether an index entry is one number that is the same for all examples."""
+    return entry.dim() == 0 and entry.dtype not in (torch.bool, torch.uint8) and op.label(entry) is None
+
+
+def along_one(owners: Tensor, batch: int) -> Axis | Single | None:
+    """The axis of a block of rows with these owners, if they change along one dimension only."""
+    if owners.dim() == 0:
+        return Single(int(owners)) if int(owners) != NOBODY else None
+    for dim in range(owners.dim()):
+        rows = by_row(owners, dim)
+        if one_owner(rows) and (rows.numel() or not owners.size(dim)):
+            return arranged(dim, rows.amax(1) if rows.numel() else rows.reshape(-1), batch)
+    return None
+
+
+JOINS.update((getitem, index_select, gather))

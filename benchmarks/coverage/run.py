@@ -1,0 +1,273 @@
+"""Run perex, `torch.func.vmap` and Opacus over every architecture of transformers, against the loop.
+
+    python benchmarks/coverage/run.py                          all, into benchmarks/results/coverage-<today>.jsonl
+    python benchmarks/coverage/run.py --only 'bert*' --ways perex
+    python benchmarks/coverage/run.py --redo                   again whatever was not exact
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import transformers.generation  # noqa: E402
+import transformers.models.bert.modeling_bert  # noqa: E402  what every model imports, once for all forks
+import transformers.models.llama.modeling_llama  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers.models.auto import modeling_auto  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # noqa: E402
+
+from fixes import CONFIG, SKIP  # noqa: E402
+from inputs import Inputs, attempts, padded  # noqa: E402
+from judge import WAYS, Loss, by_batch, by_loop, by_perex, compare, tracked  # noqa: E402
+from shrink import shrink  # noqa: E402
+
+RESULTS = Path(__file__).parents[1] / "results"
+GAP = 1e-6  # from here on, a batch computes something else than its examples alone
+SECONDS, MEMORY, PARAMETERS = 60, 6 << 30, 30_000_000
+# The heads to prefer, and after them the rest in torch's own order.
+HEADS = [
+    "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CAUSAL_LM", "MULTIMODAL_LM",
+    "CTC", "AUDIO_CLASSIFICATION", "IMAGE_CLASSIFICATION", "OBJECT_DETECTION", "SEMANTIC_SEGMENTATION",
+    "UNIVERSAL_SEGMENTATION", "DEPTH_ESTIMATION", "VIDEO_CLASSIFICATION", "TIME_SERIES_PREDICTION", "PRETRAINING",
+]  # fmt: skip
+
+
+def classes(kind: str) -> list[str]:
+    """The names of a model type's classes, the one that does most first."""
+    mappings = {
+        name.removeprefix("MODEL_FOR_").removesuffix("_MAPPING_NAMES"): getattr(modeling_auto, name)
+        for name in vars(modeling_auto)
+        if name.endswith("_MAPPING_NAMES") and name.startswith("MODEL_FOR_")
+    }
+    order = [*HEADS, *(name for name in mappings if name not in HEADS)]
+    names: list[str] = []
+    for mapping in [*(mappings[name] for name in order), modeling_auto.MODEL_MAPPING_NAMES]:
+        found = mapping.get(kind, ())
+        names += [found] if isinstance(found, str) else found
+    return list(dict.fromkeys(names))
+
+
+def promote() -> None:
+    """Compute in float64 also where a model's code says float32."""
+    torch.set_default_dtype(torch.float64)
+    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
+    torch.complex64 = torch.cfloat = torch.complex128  # type: ignore[misc]
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+
+
+def build(kind: str, name: str, experts: str | None) -> nn.Module:
+    """A small model with random weights, none of them zero or degenerate."""
+    config = shrink(CONFIG_MAPPING[kind](), CONFIG.get(kind))
+    if experts:
+        config._experts_implementation = experts
+    cls = getattr(transformers, name)
+    try:
+        with torch.device("meta"):
+            sizes = {n: p.numel() for n, p in cls(config).named_parameters()}
+    except Exception:  # what cannot be built there may be built here
+        sizes = {}
+    if sum(sizes.values()) > PARAMETERS:
+        largest = sorted(sizes, key=sizes.__getitem__)[-3:]
+        raise ValueError(f"too large: {sum(sizes.values()):,} parameters, {[(n, sizes[n]) for n in largest]}")
+    torch.manual_seed(0)
+    model = cls(config).double().eval()
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            fan = p[0].numel() if p.dim() > 1 else 100
+            p.add_(torch.randn(p.shape, generator=random, dtype=torch.float64) * 0.7 / max(fan, 1) ** 0.5)
+    return model
+
+
+def prepare(kind: str, row: dict[str, Any]) -> tuple[Any, ...]:
+    """The first class and inputs that the loop can run; notes what it took in the row."""
+    problems = []
+    for name in classes(kind):
+        for experts in (None, "eager"):
+            try:
+                model = build(kind, name, experts)
+            except Exception as error:
+                problems.append(f"{name}: build: {brief(error)}")
+                break
+            for inputs in attempts(model):
+                try:
+                    if isinstance(inputs, Exception):
+                        raise inputs
+                    loss = Loss.of(model, inputs)
+                    oracle = by_loop(model, inputs, loss)
+                    total = sum(oracle[0].values())
+                    if not (total.isfinite().all() and (total > 0).all()):
+                        raise ValueError(f"the loop's norms are {total.tolist()}")
+                except Exception as error:
+                    problems.append(f"{name}{' eager experts' if experts else ''}: {inputs}: {brief(error)}")
+                    continue
+                row.update({"class": name, "inputs": str(inputs), "outputs": list(loss.weights), "problems": problems})
+                if experts:
+                    row["experts"] = experts
+                row["parameters"] = sum(p.numel() for p in model.parameters())
+                row["reached"] = sum(bool(v.any()) for v in oracle[0].values()) / len(oracle[0])
+                return model, inputs, loss, oracle
+            if not any("expert" in n for n, _ in model.named_modules()):
+                break
+    raise RuntimeError("\n".join(problems) or "no class")
+
+
+def batch_gap(model: nn.Module, inputs: Inputs, loss: Loss, oracle: tuple[Any, ...]) -> float:
+    """How far the batch is from its examples, without any library: in losses, and in the sum of gradients."""
+    _, losses, total = oracle
+    found = loss.each(model(**inputs.all()))
+    grads = torch.autograd.grad(found.sum(), list(tracked(model).values()), allow_unused=True)
+    off = sum(((t if g is None else g - t).square().sum() for g, t in zip(grads, total.values(), strict=True)))
+    scale = sum(t.square().sum() for t in total.values())
+    return max(float((off / scale).sqrt()), float(((found - losses).abs() / losses.abs().max()).max()))
+
+
+def judge(kind: str, ways: Sequence[str], pipe: Connection) -> None:
+    """In a process of its own: send the row's parts as they come."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY + 4096 * int(Path("/proc/self/statm").read_text().split()[0]),) * 2)
+    promote()
+    row: dict[str, Any] = {}
+    try:
+        model, inputs, loss, oracle = prepare(kind, row)
+        pipe.send(row)
+        row["gap"] = batch_gap(model, inputs, loss, oracle)
+        pipe.send(row)
+    except BaseException as error:
+        pipe.send({"loop": str(error)[-3000:] if isinstance(error, RuntimeError) else brief(error)})
+        return
+    import perex
+
+    for way in ways:
+        start = time.perf_counter()
+        torch.manual_seed(0)
+        try:
+            result = outcome(way, model, inputs, loss, oracle, row["gap"])
+        except perex.PerexError as error:
+            result = {"status": "refused", "message": brief(error, 400)}
+        except BaseException as error:
+            result = {"status": "error", "message": brief(error), "trace": traceback.format_exc()[-1500:]}
+        model.zero_grad()
+        pipe.send({way: result | {"seconds": round(time.perf_counter() - start, 2)}})
+
+
+def outcome(
+    way: str, model: nn.Module, inputs: Inputs, loss: Loss, oracle: tuple[Any, ...], gap: float
+) -> dict[str, Any]:
+    """One library's norms against the loop's; and against the batch's own, where that computes something else."""
+    if way == "padded":
+        shorter = padded(inputs)
+        if shorter is None:
+            return {"status": "none"}
+        inputs, oracle = shorter, by_loop(model, shorter, loss)
+        gap = batch_gap(model, inputs, loss, oracle)
+    function = by_perex if way == "padded" else WAYS[way]
+    torch.manual_seed(0)
+    norms = function(model, inputs, loss)
+    result = compare(norms, oracle[0])
+    if gap > GAP:
+        torch.manual_seed(0)
+        result = {"alone": result["error"]} | compare(norms, by_batch(model.eval(), inputs, loss)) | {"gap": gap}
+    return result
+
+
+def brief(error: BaseException, length: int = 300) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:length]
+
+
+def row_of(kind: str, ways: Sequence[str]) -> dict[str, Any]:
+    """Judge one model type in a fork, with a limit on time and memory."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=judge, args=(kind, ways, theirs))
+    start = time.monotonic()
+    process.start()
+    theirs.close()
+    row: dict[str, Any] = {"type": kind}
+    try:
+        while ours.poll(max(0.0, start + SECONDS - time.monotonic())):
+            row.update(ours.recv())
+    except EOFError:
+        pass
+    if process.is_alive():
+        process.join(0.2)
+    if process.is_alive():
+        process.kill()
+        row["ended"] = f"after {SECONDS} s"
+    process.join()
+    if process.exitcode and "ended" not in row:
+        row["ended"] = f"exit {process.exitcode}"
+    row["seconds"] = round(time.monotonic() - start, 1)
+    return row
+
+
+def status(row: dict[str, Any], way: str) -> str:
+    """A row's outcome for one library."""
+    if "class" not in row:
+        return "loop"
+    return row.get(way, {}).get("status", "ended")
+
+
+def kinds(only: str) -> Iterator[str]:
+    """The model types to run: one for every class, parts of others left out."""
+    taken = set()
+    for kind in CONFIG_MAPPING_NAMES:
+        names = classes(kind)
+        if fnmatch.fnmatch(kind, only) and names and kind not in SKIP and names[0] not in taken:
+            taken.add(names[0])
+            yield kind
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Exactness over public architectures, against a loop.")
+    parser.add_argument("--only", default="*", help="model types, as a glob")
+    parser.add_argument("--limit", type=int, default=10**6, help="stop after as many")
+    parser.add_argument("--ways", default="perex,padded,training,vmap,opacus", help="which libraries, separated by commas")
+    parser.add_argument("--redo", default="", help="again those whose status is one of these, e.g. refused,error")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"coverage-{datetime.date.today()}.jsonl")
+    options = parser.parse_args(arguments)
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    ways = options.ways.split(",")
+    rows = {}
+    if options.out.exists():
+        rows = {row["type"]: row for row in map(json.loads, options.out.read_text().splitlines())}
+    redo = set(options.redo.split(",")) if options.redo else set()
+    todo = [
+        kind
+        for kind in kinds(options.only)
+        if kind not in rows or any(status(rows[kind], way) in redo or (way not in rows[kind] and status(rows[kind], way) != "loop") for way in ways)
+    ][: options.limit]
+    start = time.monotonic()
+    for number, kind in enumerate(todo, 1):
+        row = row_of(kind, ways)
+        if "class" in row or "class" not in rows.get(kind, {}):
+            row = {**{k: v for k, v in rows.get(kind, {}).items() if k in WAYS and "class" in row}, **row}
+        with options.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        rows[kind] = row
+        states = " ".join(f"{way} {status(row, way)}" for way in ways)
+        print(f"{number}/{len(todo)} {kind} {states} {row['seconds']} s, {time.monotonic() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

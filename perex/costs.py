@@ -1,0 +1,112 @@
+"""What the norms of one backward cost: factors are made again without numbers, and asked for their plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from perex.capture.forward import Use
+from perex.capture.parameters import Entry
+from perex.factors import Dense, Factor, Few, Total
+from perex.rules.general import GENERAL
+
+
+@dataclass
+class Cost:
+    """What one use costs, as it is added up.
+
+    Attributes:
+        ways: how the norm of each of its parameters was computed.
+        flops: operations.
+        bytes: memory.
+        counted: whether `flops` is all of it.
+    """
+
+    ways: list[str]
+    flops: int = 0
+    bytes: int = 0
+    counted: bool = True
+
+
+class Share(NamedTuple):
+    """One use of one parameter: the cost of its row, its place in there, and its factor, without numbers."""
+
+    cost: Cost
+    place: int
+    factor: Factor | None
+    pulled_back: bool
+
+
+def costs_of(uses: Sequence[Use]) -> list[Cost]:
+    """What the norms of each use cost, in the order of the uses."""
+    costs = []
+    shares: dict[Entry, list[Share]] = {}
+    for use in uses:
+        cost = Cost([""] * len(use.parameters), counted=use.rule != GENERAL.name)
+        costs.append(cost)
+        arrived = sum(shape.numel() for shape in use.outputs or () if shape is not None)
+        places: dict[Entry, list[int]] = {}
+        for place, (entry, _) in enumerate(use.parameters):
+            places.setdefault(entry, []).append(place)
+        for entry, outline in use.factors or ():
+            place, factor = places[entry].pop(0), outline.factor()
+            dense = isinstance(factor.factor if isinstance(factor, Few) else factor, Dense)
+            pulled_back = use.parameters[place][1] and dense
+            cost.counted &= not pulled_back
+            if dense and cost.counted:
+                cost.flops += arrived  # added up
+            shares.setdefault(entry, []).append(Share(cost, place, factor, pulled_back))
+    for found in shares.values():
+        add_costs(found)
+    return costs
+
+
+def add_costs(uses: Sequence[Share]) -> None:
+    """Give the uses of one parameter their ways and costs."""
+    known = [factor for _, _, factor, _ in uses if factor is not None]
+    if len(known) < len(uses):  # a kind of factor that is somebody else's
+        for cost, place, _, _ in uses:
+            cost.ways[place], cost.counted = "its own", False
+        return
+    total = Total(known)
+    plans = [factor.plan() for factor in total.factors]
+    seen: set[int] = set()
+    for (cost, place, _, pulled_back), factor in zip(uses, known, strict=True):
+        where = next(i for i, part in enumerate(total.factors) if part is factor or part.merge(factor) is not None)
+        plan = plans[where]
+        assert plan is not None
+        cost.ways[place] = "pulled back" if pulled_back else plan.way
+        if len(uses) > 1:  # kept until the last use is in
+            cost.bytes += held(factor)
+        if where not in seen:
+            seen.add(where)
+            cost.flops += plan.flops
+            cost.bytes += plan.elements * width(total.factors[where])
+    last = uses[-1].cost
+    for i, factor in enumerate(total.factors):
+        for earlier in total.factors[:i]:
+            cross = factor.dot_plan(earlier)
+            last.flops += cross.flops
+            last.bytes += cross.elements * width(factor)
+
+
+def tensors_of(factor: Factor) -> Iterator[torch.Tensor]:
+    """The floating-point tensors that a factor holds."""
+    for value in vars(factor).values():
+        if isinstance(value, Factor):
+            yield from tensors_of(value)
+        elif isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+            yield value
+
+
+def held(factor: Factor) -> int:
+    """Bytes of a factor's tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(factor))
+
+
+def width(factor: Factor) -> int:
+    """Bytes of one element."""
+    return max((tensor.element_size() for tensor in tensors_of(factor)), default=0)

@@ -1,0 +1,70 @@
+"""What is left of a factor when its numbers are gone: enough to say how its norm is computed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from perex.factors.base import Factor
+from perex.factors.dense import Dense
+from perex.factors.few import Few
+from perex.factors.outer import Outer
+from perex.factors.part import Part
+from perex.factors.patches import Patches
+from perex.factors.rows import Rows
+
+KINDS: tuple[Any, ...] = (Dense, Few, Outer, Part, Patches, Rows)
+
+
+class Spec(NamedTuple):
+    """A tensor without its numbers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class Outline(NamedTuple):
+    """A factor without its numbers.
+
+    Attributes:
+        kind: its class.
+        fields: its attributes, tensors and factors among them outlined; empty for a kind of somebody else's.
+    """
+
+    kind: type[Factor]
+    fields: dict[str, Any]
+
+    def factor(self) -> Factor | None:
+        """A factor of tensors that have shapes only, to be asked for its plan; None for an unknown kind."""
+        fields: dict[str, Any] = {}
+        for name, value in self.fields.items():
+            if isinstance(value, Spec):
+                value = torch.empty(value.shape, dtype=value.dtype, device="meta")
+            elif isinstance(value, Outline):
+                value = value.factor()
+                if value is None:
+                    return None
+            fields[name] = value
+        return next((kind(**fields) for kind in KINDS if kind is self.kind), None)
+
+
+def outline(factor: Factor) -> Outline:
+    """Forget a factor's numbers; called in every backward, so it does next to nothing.
+
+    Example:
+        >>> outline(Dense(torch.zeros(5, 3))).factor().plan().flops
+        30
+    """
+    kind = type(factor)
+    if kind not in KINDS:
+        return Outline(kind, {})
+    fields: dict[str, Any] = {}
+    for name, value in vars(factor).items():
+        if isinstance(value, Tensor):
+            value = Spec(value.shape, value.dtype)
+        elif isinstance(value, Factor):
+            value = outline(value)
+        fields[name] = value
+    return Outline(kind, fields)

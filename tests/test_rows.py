@@ -1,0 +1,234 @@
+"""Rows that are not examples: routed, permuted, packed and looped over, each traced to the example it belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import WAYS, Bare, check, refused
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+
+B, T, D, E = 5, 4, 3, 3
+LOSSES = [way for way in WAYS if way.call == "losses"]
+
+
+def data(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Experts(nn.Module):
+    """A mixture of experts over tokens; `route` says how rows are moved."""
+
+    def __init__(self, route: Any, top: int = 2, bare: bool = False):
+        super().__init__()
+        self.route, self.top = route, top
+        self.gate = nn.Linear(D, E)
+        self.experts = None if bare else nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+        self.weight = nn.Parameter(torch.randn(E, D, D)) if bare else None
+
+    def expert(self, e: Any, rows: Tensor) -> Tensor:
+        return F.linear(rows, self.weight[e]) if self.experts is None else self.experts[int(e)](rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, D)
+        weights, chosen = self.gate(rows).softmax(-1).topk(self.top, dim=-1)
+        out = self.route(self, rows, weights, chosen)
+        return out.reshape(x.shape)
+
+
+def by_mask(m: Experts, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    out = torch.zeros_like(rows)
+    for e in range(E):
+        for k in range(m.top):
+            mask = chosen[:, k] == e
+            out[mask] += weights[mask, k, None] * m.expert(e, rows[mask])
+    return out
+
+
+def by_where(m: Experts, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    out = torch.zeros_like(rows)
+    for e in range(E):
+        token, k = torch.where(chosen == e)
+        out.index_add_(0, token, m.expert(e, rows[token]) * weights[token, k, None])
+    return out
+
+
+def by_one_hot(m: Experts, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """As transformers' models do: only the experts that some token goes to are called."""
+    out = torch.zeros((len(rows), D), dtype=rows.dtype)
+    with torch.no_grad():
+        mask = F.one_hot(chosen, num_classes=E).permute(2, 1, 0)
+        hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
+    for e in hit:
+        e = e[0]
+        k, token = torch.where(mask[e])
+        out.index_add_(0, token, m.expert(e, rows[token]) * weights[token, k, None])
+    return out
+
+
+def by_sorting(m: Experts, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    order = chosen.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen.flatten(), minlength=E).tolist()
+    pieces = rows[order // m.top].split(counts)
+    done = torch.cat([m.expert(e, piece) for e, piece in enumerate(pieces)])
+    back = torch.empty_like(done)
+    back[order] = done
+    return (back.reshape(len(rows), m.top, D) * weights[..., None]).sum(1)
+
+
+def by_gather(m: Experts, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    w = m.weight[chosen]  # (N, top, D, D): every token fetches its experts
+    return (torch.einsum("nkij,nj->nki", w, rows) * weights[..., None]).sum(1)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("route", [by_mask, by_where])
+def test_experts_by_position_are_exact_in_every_way(route, bare):
+    check(Experts(route, bare=bare), (data(B, T, D),))
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("route", [by_one_hot, by_sorting])
+def test_experts_chosen_over_the_batch_are_exact_with_losses(route, bare):
+    check(Experts(route, bare=bare), (data(B, T, D),), ways=LOSSES)
+
+
+def test_experts_gathered_by_token():
+    check(Experts(by_gather, bare=True), (data(B, T, D),))
+
+
+def test_an_expert_is_no_larger_than_its_rows():
+    """One expert is used by one example only, another by all."""
+    model = Experts(by_mask, top=1)
+    x = data(B, T, D)
+    check(model, (x,))
+
+
+def order(x: Tensor, numbers: tuple[int, ...] = (3, 0, 4, 1, 2)) -> Tensor:
+    """A permutation of the batch; of one example there is only one."""
+    return torch.tensor(numbers) if len(x) == len(numbers) else torch.arange(len(x))
+
+
+INVERSE = (1, 3, 4, 0, 2)
+
+PERMUTED = {
+    "permuted": lambda m, x: m.layer(x[order(x)])[order(x, INVERSE)],
+    "index_select": lambda m, x: m.layer(x.index_select(0, order(x)))[order(x, INVERSE)],
+    "stays permuted": lambda m, x: m.layer(x[order(x, (1, 0, 2, 4, 3))])[order(x, (1, 0, 2, 4, 3))],
+    "flipped": lambda m, x: m.layer(x.flip(0)).flip(0),
+    "rolled": lambda m, x: m.layer(x.roll(2, 0)).roll(-2, 0),
+    "halves": lambda m, x: torch.cat([m.layer(x[:2]), m.layer(x[2:])]),
+    "chunks": lambda m, x: torch.cat([m.layer(c) for c in x.chunk(2)]),
+    "split": lambda m, x: torch.cat([m.layer(c) for c in x.split(2)]),
+    "every second": lambda m, x: torch.cat([m.layer(x[::2]), m.layer(x[1::2])])[order(x, (0, 3, 1, 4, 2))],
+    "narrow": lambda m, x: torch.cat([m.layer(x.narrow(0, 0, 1)), m.layer(x.narrow(0, 1, len(x) - 1))]),
+    "stacked loop": lambda m, x: torch.stack([m.layer(row) for row in x]),
+    "loop by number": lambda m, x: torch.stack([m.layer(x[i]) for i in range(len(x))]),
+    "loop of ones": lambda m, x: torch.cat([m.layer(x[i : i + 1]) for i in range(len(x))]),
+    "unbound": lambda m, x: torch.stack([m.layer(row) for row in x.unbind()], dim=1).transpose(0, 1),
+    "backwards": lambda m, x: torch.stack([m.layer(row) for row in reversed(list(x))]).flip(0),
+    "mixes in an example": lambda m, x: torch.stack([(row.softmax(0) * m.layer(row)).cumsum(0) for row in x]),
+    "gathered": lambda m, x: m.layer(x.gather(0, order(x)[:, None, None].expand(x.shape)))[order(x, INVERSE)],
+}
+
+
+@pytest.mark.parametrize("name", PERMUTED)
+def test_moved_rows(name):
+    model = Bare(PERMUTED[name])
+    model.layer = nn.Linear(D, D)
+    check(model, (data(B, T, D),))
+
+
+def test_written_in_a_loop():
+    def forward(m: Any, x: Tensor) -> Tensor:
+        out = torch.zeros(len(x), T, D, dtype=x.dtype)
+        for i in range(len(x)):
+            out[i] = m.layer(x[i])
+        return out
+
+    model = Bare(forward)
+    model.layer = nn.Linear(D, D)
+    check(model, (data(B, T, D),))
+
+
+def test_tokens_under_a_mask():
+    def forward(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[mask] = m.second(m.layer(x[mask]).relu())
+        return out + m.bias
+
+    model = Bare(forward, bias="3")
+    model.layer, model.second = nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+    mask = torch.arange(T) < torch.tensor([1, 4, 0, 2, 3])[:, None]
+    check(model, (data(B, T, D), mask))
+
+
+def test_flat_tokens_are_an_output():
+    """What the model returns are the tokens under the mask, with the losses made of them by example."""
+    mask = torch.arange(T) < torch.tensor([1, 4, 2, 2, 3])[:, None]
+    model = Bare(lambda m, x, mask: m.layer(x[mask]))
+    model.layer = nn.Linear(D, D)
+    owner = torch.arange(B)[:, None].expand(B, T)
+
+    def loss(output: Tensor, index: Tensor) -> Tensor:
+        rows = owner[index][mask[index]] if len(index) == B else torch.zeros(len(output), dtype=torch.long)
+        return torch.zeros(len(index), dtype=output.dtype).index_add(0, rows, output.sin().sum(1))
+
+    check(model, (data(B, T, D), mask), loss)
+
+
+LENGTHS = torch.tensor([2, 4, 1, 3, 4])
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}])
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_packed_sequences(cell, options, is_sorted):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = nn.Linear(D, D)
+            self.rnn = getattr(nn, cell)(D, 4, batch_first=True, **options)
+            self.after = nn.Linear(8 if options else 4, 2)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = pack_padded_sequence(self.before(x), lengths.cpu(), batch_first=True, enforce_sorted=is_sorted)
+            out, state = self.rnn(packed)
+            state = state[0] if isinstance(state, tuple) else state
+            padded, _ = pad_packed_sequence(out, batch_first=True, total_length=T)
+            return self.after(padded).sin().sum(1) + state.sum((0, 2))[:, None]
+
+    lengths = LENGTHS.sort(descending=True).values if is_sorted else LENGTHS
+    check(Model(), (data(B, T, D), lengths))
+
+
+def test_a_list_of_sequences():
+    def forward(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        rows = pad_sequence([m.layer(row[: int(n)]) for row, n in zip(x, lengths, strict=True)], batch_first=True)
+        return m.layer(rows).sum(1)
+
+    model = Bare(forward)
+    model.layer = nn.Linear(D, D, bias=False)
+    check(model, (data(B, T, D), LENGTHS))
+
+
+MIXED = {
+    "another's row": lambda m, x: m.layer(x) + x[torch.tensor([1, 0, 2, 3, 4])],
+    "a sum over two": lambda m, x: m.layer(x[:2].sum(0))[None].expand(x.shape) + x,
+    "neighbours": lambda m, x: m.layer(torch.stack([x[i] + x[i - 1] for i in range(len(x))])),
+    "rows added up": lambda m, x: torch.zeros_like(x).index_add(0, torch.tensor([0, 0, 1, 1, 2]), m.layer(x)),
+    "overwritten": lambda m, x: m.layer(x).index_copy(0, torch.tensor([0]), m.layer(x)[1:2]),
+    "scattered": lambda m, x: m.layer(x).scatter(
+        0, torch.tensor([1, 0, 2, 3, 4])[:, None, None].expand(x.shape), m.layer(x)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_rows_of_several_examples_are_refused(name):
+    model = Bare(MIXED[name])
+    model.layer = nn.Linear(D, D)
+    refused(model, (data(B, T, D),))
