@@ -23,6 +23,42 @@ CONFIG: dict[str, dict[str, Any]] = {
     "glm_ocr_text": {"rope_parameters": MROPE},
     "glm_image": {"text_config.rope_parameters": MROPE},
     "glm_image_text": {"rope_parameters": MROPE},
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},  # fmt: skip
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},  # fmt: skip
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "diffusion_gemma": {"text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 64, "canvas_length": 8},  # fmt: skip
+    "donut-swin": {"window_size": 2},
+    "mask2former": {"backbone_config.window_size": 2},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 150, "<image>": 151}},
+    "chameleon": {"vocabulary_map": {"<image>": 151, "IMGIMGBS00000I": 152}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2", "spatial_target_layers": [0, 0, 1, 1]},
+    "mimi": {"codebook_dim": 64, "vector_quantization_hidden_dimension": 64, "upsample_groups": 64},
+    "rt_detr": {"encoder_in_channels": [64, 64, 64], "decoder_in_channels": [64, 64, 64], "encode_proj_layers": [2]},
+    "rt_detr_v2": {"encoder_in_channels": [64, 64, 64], "decoder_in_channels": [64, 64, 64], "encode_proj_layers": [2]},
+    "d_fine": {"decoder_in_channels": [64, 64, 64]},
+    "deimv2": {"decoder_in_channels": [64, 64, 64]},
+    "qwen4_exp": {"text_config.indexer_n_heads": 2, "text_config.indexer_kv_heads": 1, "text_config.indexer_head_dim": 16, "text_config.indexer_budget": 4, "text_config.indexer_compress_ratio": 2},  # fmt: skip
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4, "indexer_compress_ratio": 2},  # fmt: skip
+    "sam": {"vision_config.num_pos_feats": 32, "vision_config.global_attn_indexes": [1], "vision_config.window_size": 2},
+    "sam_hq": {"vision_config.num_pos_feats": 32, "vision_config.global_attn_indexes": [1], "vision_config.window_size": 2},
+    "lilt": {"hidden_size": 96, "num_attention_heads": 4},
+    "depth_anything": {"neck_hidden_sizes": [16, 32, 32, 32]},
+    "align": {"vision_config.width_coefficient": 0.25, "vision_config.depth_coefficient": 0.3, "vision_config.hidden_dim": 640},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 640},
+    "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},  # fmt: skip
+    "perceiver": {"d_latents": 64, "d_model": 64, "num_latents": 6, "num_self_attends_per_block": 1, "num_self_attention_heads": 4, "num_cross_attention_heads": 4},  # fmt: skip
+    "hunyuan_vl": {"text_config.head_dim": 16},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "qwen2_audio": {"audio_config.max_source_positions": 32},
+    "muse_spark": {"audio_config.patch_sizes": [4, 4], "audio_config.hidden_sizes": [64, 64], "audio_config.depths": [1, 1]},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
+    "molmo2": {"adapter_config.vision_feature_layers": [1, 0]},
+    "dots3_note": {"text_config.q_lora_rank": 16},
+    "gpt2": {},
     "esm": {"vocab_size": 160, "pad_token_id": 1, "mask_token_id": 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -50,8 +86,60 @@ CONFIG: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"intermediate_size": [96, 96]},
 }
 
-# Inputs: a value, or a function of the maker and of what it has made. None takes an input away.
 # Not architectures of their own, or not to be run here.
 SKIP: dict[str, str] = {}
 
-INPUTS: dict[str, dict[str, Any]] = {}
+
+def pixels(*shape: int) -> Any:
+    """Images of another shape than (channels, height, width)."""
+    return lambda maker: maker.floats(*shape)
+
+
+def same(value: Any) -> Any:
+    """The same value for every example."""
+    return lambda maker: maker.every(value)
+
+
+def ids(*shape: int) -> Any:
+    """Random words."""
+    return lambda maker: maker.words(*shape)
+
+
+SERIES = {"past_values": pixels(18), "past_time_features": pixels(18, 1), "past_observed_mask": same([1.0] * 18), "future_values": pixels(8), "future_time_features": pixels(8, 1)}  # fmt: skip
+PATCHES = {"pixel_values": pixels(16, 768), "pixel_attention_mask": same([1] * 16), "spatial_shapes": same([4, 4])}
+
+# Inputs, by model type: a value, or a function of the maker. None takes an input away.
+INPUTS: dict[str, dict[str, Any]] = {
+    "autoformer": SERIES,
+    "informer": SERIES,
+    "time_series_transformer": SERIES,
+    "siglip2": PATCHES,
+    "siglip2_vision_model": PATCHES,
+    "lfm2_vl": PATCHES,
+    "bros": {"bbox": pixels(8, 8)},
+    "idefics": {"pixel_values": pixels(1, 3, 56, 56), "image_attention_mask": same([[1]] * 8)},
+    "idefics2": {"pixel_values": pixels(1, 3, 128, 128)},
+    "idefics3": {"pixel_values": pixels(1, 3, 128, 128)},
+    "smolvlm": {"pixel_values": pixels(1, 3, 128, 128)},
+    "lightglue": {"pixel_values": pixels(2, 3, 64, 64)},
+    "superglue": {"pixel_values": pixels(2, 3, 64, 64)},
+    "llava_next": {"pixel_values": pixels(3, 3, 56, 56)},
+    "instructblip": {"qformer_input_ids": ids(5)},
+    "instructblipvideo": {"qformer_input_ids": ids(5), "pixel_values": pixels(2, 3, 56, 56)},
+    "oneformer": {"task_inputs": ids(77)},
+    "video_llama_3": {"image_merge_sizes": same(2)},
+    "lxmert": {"visual_feats": pixels(4, 64), "visual_pos": pixels(4, 4)},
+    "pi0": {"state": pixels(32), "pixel_values": pixels(1, 3, 56, 56), "actions": pixels(50, 32), "noise": pixels(50, 32), "timestep": pixels()},  # fmt: skip
+    "pix2struct": {"flattened_patches": pixels(8, 770), "attention_mask": same([1] * 8)},
+    "seggpt": {"prompt_pixel_values": pixels(3, 64, 64), "prompt_masks": pixels(3, 64, 64)},
+    "blip_2_qformer": {"query_embeds": pixels(6, 64), "encoder_hidden_states": pixels(9, 64)},
+    "perceiver": {"inputs": ids(16)},
+    "vit_mae": {"noise": pixels(64)},
+    "hiera": {"noise": pixels(4)},
+    "decision_transformer": {"states": pixels(5, 17), "actions": pixels(5, 4), "rewards": pixels(5, 1), "returns_to_go": pixels(5, 1), "timesteps": ids(5), "attention_mask": same([1] * 5)},  # fmt: skip
+    "dia": {"decoder_input_ids": ids(5, 9)},
+    "musicgen": {"input_values": None, "decoder_input_ids": lambda m: m.words(4, 5).flatten(0, 1)},
+    "clap": {"input_features": pixels(1, 64, 64)},
+    "mllama": {"pixel_values": pixels(1, 4, 3, 56, 56), "aspect_ratio_ids": same([1]), "aspect_ratio_mask": same([[1] * 4]), "cross_attention_mask": same([[[1] * 4]] * 9)},  # fmt: skip
+    "audioflamingo3": {},
+}

@@ -123,14 +123,22 @@ class Maker:
         constants: dict[str, Any] = {}
         if "use_cache" in self.names or getattr(self.config, "use_cache", None) is not None:
             constants["use_cache"] = False
-        self.place(made)
-        fix = INPUTS.get(self.config.model_type) or {}
-        for name, make in fix.items():
-            value = make(self, made) if callable(make) else make
-            (made if isinstance(value, Tensor) else constants)[name] = value
+        for name, fix in (INPUTS.get(self.config.model_type) or {}).items():
+            value = fix(self) if callable(fix) else fix
             if value is None:
                 made.pop(name, None)
-        return Inputs(made, constants)
+            elif name.startswith(("pixel", "image")) and not any(n.startswith("pixel") for n in made):
+                continue  # an attempt without images
+            elif isinstance(value, Tensor):
+                made[name] = value
+            else:
+                constants[name] = value
+        self.place(made)
+        return Inputs({name: made[name] for name in made if not name.startswith("_")}, constants)
+
+    def every(self, value: Any) -> Tensor:
+        """The same for every example."""
+        return torch.tensor(value)[None].repeat(BATCH, *[1] * torch.tensor(value).dim())
 
     # One kind of input each
 
@@ -160,7 +168,8 @@ class Maker:
         if isinstance(size, dict):
             size = (size["height"], size["width"])
         size = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)
-        return {"pixel_values": self.floats(channels, *size)}
+        made = {"pixel_values": self.floats(channels, *size), "image_sizes": self.every(list(size))}
+        return made | {"pixel_mask": torch.ones(BATCH, *size, dtype=torch.long)} if "pixel_mask" in self.required else made
 
     def clip(self) -> dict[str, Tensor]:
         """A few frames, for the models of videos."""
@@ -201,7 +210,7 @@ class Maker:
             return
         kinds = []
         if any(name.startswith("pixel_values") for name in made):
-            kinds.append(("image", ("image_token_id", "image_token_index", "img_token_id", "image_token_id", "media_token_id"), "get_image_features"))
+            kinds.append(("image", ("image_token_id", "image_token_index", "img_token_id", "media_token_id"), "get_image_features"))
         if any(name in made for name in ("input_features", "input_values")):
             kinds.append(("audio", ("audio_token_id", "audio_token_index", "speech_token_id"), "get_audio_features"))
         types = torch.zeros(BATCH, 0, dtype=torch.long)

@@ -94,7 +94,7 @@ class Shrinker:
         if isinstance(value, int):
             return number(name, value)
         if isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
-            if re.fullmatch(r"depths|.*num_blocks.*|.*layers|.*_blocks|.*_depths|n_blocks", name):
+            if len(value) > 1 and re.fullmatch(r"depths|.*num_blocks.*|.*layers|.*_blocks|.*_depths|n_blocks", name):
                 return type(value)(1 for _ in value)
             if re.fullmatch(r".*heads.*", name):
                 return type(value)(2 for _ in value)
@@ -123,6 +123,8 @@ class Shrinker:
         if vars(config).get("num_key_value_heads") == heads and "num_key_value_heads" in changed:
             changed["num_key_value_heads"] = changed.get("num_attention_heads", heads)
         self.layers(config, fields, changed)
+        if "depths" in fields and len(vars(config).get("_out_indices") or ()) > 1:
+            changed["out_indices"] = list(config._out_indices)
         if "image_size" in fields and given(fields["image_size"]) is not None:
             changed["image_size"] = image_size(config.image_size, vars(config).get("patch_size"))
         for name, value in self.fixes.items():
@@ -141,9 +143,9 @@ class Shrinker:
         for name, value in vars(config).items():
             if KINDS.fullmatch(name) and isinstance(value, (list, tuple)) and len(value) == getattr(config, count):
                 kinds[name] = list(dict.fromkeys(value))
-            if INDICES.fullmatch(name) and isinstance(value, (list, tuple)) and len(value) > 1 and name in fields:
+            if INDICES.fullmatch(name) and isinstance(value, (list, tuple)) and len(value) > 1 and "depths" not in fields:
                 least = max(least, len(value))
-                changed[name] = list(range(1, len(value) + 1))
+                changed[name.removeprefix("_")] = list(range(1, len(value) + 1))
         least = max([least, *(len(kind) for kind in kinds.values())])
         for name, kind in kinds.items():
             if name in fields:

@@ -193,11 +193,13 @@ class Lost(NamedTuple):
     is no sum of losses), `"mixed"` (a row depends on several examples), `"unknown"` (perex does not know how the
     operator arranges examples), `"refused"` (mixed by a setting of a layer, and refused for a batch of one too),
     `"counted"` (an integer or truth value that depends on several examples: no gradient goes through it, so it matters
-    only if it decides what an example gets) or `"compared"` (the same, made from real numbers).
+    only if it decides what an example gets) or `"compared"` (the same, made from real numbers). `where` is the module
+    in which it happened.
     """
 
     kind: str
     why: str
+    where: str | None = None
 
 
 Held = Axis | Single

@@ -44,6 +44,7 @@ class Operation:
         results: the tensors in that.
         inputs: its tensor arguments, each with what is known of its examples.
         batch: number of examples, B.
+        func: the operator itself.
         doubt: a count over several examples that had a say in what the examples get, if one had.
     """
 
@@ -54,6 +55,7 @@ class Operation:
     results: list[Tensor]
     inputs: list[tuple[Tensor, Label]]
     batch: int
+    func: Any = None
     doubt: Lost | None = None
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
@@ -185,12 +187,15 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
     if not batched and handler not in DECIDES:
         return None
     if handler is None:
-        return operation.unknown("is an operator perex does not know")
+        return TRY[0](operation) or operation.unknown("is an operator perex does not know")
     try:
         return handler(operation)
-    except (IndexError, KeyError, ValueError, TypeError, AttributeError):
-        return operation.unknown("is called in a form that perex does not follow: pass its tensors by position")
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError):  # a form of the call it was not made for
+        return TRY[0](operation) or operation.unknown("is called in a form that perex does not follow")
 
+
+TRY: list[Callable[[Operation], Label | list[Label] | None]] = []
+"""What finds labels by trying an operator that no handler knows; see `families.trials`."""
 
 COUNTS = ("counted", "compared")
 """The kinds of what is lost, but no gradient goes through."""

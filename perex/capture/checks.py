@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -28,6 +31,22 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def compiling() -> bool:
     """Whether `torch.compile` is tracing this code (a constant for type checkers, so behind a function)."""
     return bool(torch.compiler.is_compiling())
+
+
+def run_eagerly() -> Callable[[], object]:
+    """Have compiled functions run as they were written, until what this returns is called.
+
+    `torch.compile` traces an active function mode along with the function, and gets numbers wrong over it.
+    """
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # not before torch 2.6
+        return lambda: None
+    try:
+        stance = torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:
+        raise AttachError(
+            "the attached model is called from compiled code, which perex cannot see into: leave the call uncompiled"
+        ) from error
+    return lambda: stance.__exit__(None, None, None)
 
 
 def learns_graph(module: nn.Module) -> bool:

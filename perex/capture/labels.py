@@ -196,7 +196,7 @@ class Labels:
         if marks is None:
             marks = [(tensor, self.of(tensor)) for tensor in tensors_in(*args, kwargs)]
         inputs = [(tensor, mark if isinstance(mark, (Axis, Single, Lost)) else None) for tensor, mark in marks]
-        operation = Operation(plain_name(func), args, renamed(kwargs), out, produced, inputs, self.batch)
+        operation = Operation(plain_name(func), args, renamed(kwargs), out, produced, inputs, self.batch, func)
         if func in OPERATORS and not known(func):  # a user's rule, for an operator that keeps the axis
             held = (label for _, label in inputs if isinstance(label, (Axis, Single)))
             found: Label | list[Label] = next(held, None)
@@ -225,7 +225,7 @@ class Labels:
         """What the labels of an operator's results would be if `tensor` had the batch axis `trial`."""
         inputs = [(t, trial if t is tensor else self.batch_label(t)) for t in tensors_in(*args, kwargs)]
         produced = tensors_in(out)
-        found = carry(Operation(plain_name(func), args, renamed(kwargs), out, produced, inputs, self.batch), func)
+        found = carry(Operation(plain_name(func), args, renamed(kwargs), out, produced, inputs, self.batch, func), func)
         return found if isinstance(found, list) else [found] * len(produced)
 
     def written(self, target: Tensor, index: Any, value: Any) -> Label:

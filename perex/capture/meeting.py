@@ -63,6 +63,7 @@ class Meeting:
             self.refuse.mixed(label)
             if not isinstance(label, (Axis, Single)):
                 lost = label or Lost("unknown", f"`{func.__name__}` of examples has a result without a batch axis")
+                lost = self.refuse.placed(lost)
                 return self.poisoned(func, args, kwargs, lost, self.refuse.lost(lost, func))
             out_axes.append(label)
         self.refuse.random(func, args, kwargs)

@@ -165,15 +165,31 @@ class Capture(TorchFunctionMode):
             if func in BLANKS and isinstance(label, Axis):
                 self.labels.blanks[id(tensor)] = weakref.ref(tensor)
             if torch.is_grad_enabled():
+                if isinstance(label, Lost):
+                    label = self.refuse.placed(label)
                 self.refuse.mixed(label)
                 if isinstance(label, Lost) and label.kind != "reduced" and tensor.requires_grad:
                     if not any(mark is label and source.requires_grad for source, mark in marks):  # hooked already
-                        tensor.register_hook(self.refuse.when_differentiated(self.forward, label))
+                        self.watch(tensor, label)
             if not (in_place(func) and args and tensor is args[0]):
                 self.labels.mark(tensor, CONSTANT if label is None and tensor.grad_fn is not None else label)
             elif label != before:
                 self.labels.rewrite(tensor, label)
         return out
+
+    def watch(self, tensor: Tensor, label: Lost) -> None:
+        """Make it an error if a loss depends on a tensor of which perex cannot say whose it is."""
+        refuse = self.refuse.when_differentiated(self.forward, label)
+        if tensor.grad_fn is None:
+            tensor.register_hook(lambda grad: refuse())
+            return
+        number = tensor.output_nr
+
+        def arrived(grads: tuple[Tensor | None, ...]) -> None:
+            if grads[number] is not None:
+                refuse()
+
+        tensor.grad_fn.register_prehook(arrived)  # a hook on a view that was changed in place can crash torch
 
     def run(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], detach: bool) -> Any:
         """Run an operator on stand-ins, perhaps detached where gradients are wanted."""
@@ -315,14 +331,17 @@ class Capture(TorchFunctionMode):
         if any(not isinstance(label, Lost) or label.kind not in COUNTS for label in found):
             self.overwrite(target, before, self.labels.written(target, index, value))
         elif kinds & LOST or isinstance(before, Shared):
-            self.overwrite(target, before, Lost("unknown", "`__setitem__` writes what perex cannot follow"))
+            lost = self.labels.batch_label(value) if isinstance(value, Tensor) else None
+            self.overwrite(target, before, lost or Lost("unknown", "`__setitem__` writes what perex cannot follow"))
         elif isinstance(value, Tensor) and self.labels.held(value) is not None:
             self.overwrite(target, before, self.labels.written(target, index, value))
 
     def overwrite(self, target: Tensor, before: Mark, label: Label) -> None:
         """Label a tensor into which examples were written; an error if that mixes them and the loss depends on it."""
+        if isinstance(label, Lost):
+            label = self.refuse.placed(label)
         if isinstance(label, Lost) and torch.is_grad_enabled() and target.requires_grad:
-            target.register_hook(self.refuse.when_differentiated(self.forward, label))
+            self.watch(target, label)
         if before is None or before != label:
             self.labels.rewrite(target, label)
 

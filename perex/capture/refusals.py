@@ -22,9 +22,14 @@ class Refusals:
     def __init__(self, where: Callable[[], str]) -> None:
         self.where = where
 
-    def place(self) -> str:
-        """The running module, for messages."""
-        return f"module '{self.where()}'" if self.where() else "the model's own forward"
+    def place(self, where: str | None = None) -> str:
+        """A module, for messages: the running one if none is given."""
+        where = self.where() if where is None else where
+        return f"module '{where}'" if where else "the model's own forward"
+
+    def placed(self, label: Lost) -> Lost:
+        """A label that knows where it came to be."""
+        return label._replace(where=self.where()) if label.where is None else label
 
     def mixed(self, label: Label) -> None:
         """Raise where a layer's setting mixes examples."""
@@ -35,16 +40,16 @@ class Refusals:
         """The error for a value of which perex cannot say whose it is, if a loss depends on it."""
         if label.kind in ("mixed", "refused"):
             return ExamplesMixError(
-                f"In {self.place()}, {label.why}. Examples of a batch must not influence each other, or none has "
+                f"In {self.place(label.where)}, {label.why}. Examples of a batch must not influence each other, or none has "
                 "a gradient of its own."
             )
         if label.kind == "unknown":
             return UnsupportedError(
-                f"In {self.place()}, {label.why}, so perex cannot tell the examples apart, and the loss depends on "
+                f"In {self.place(label.where)}, {label.why}, so perex cannot tell the examples apart, and the loss depends on "
                 "it. Rewrite that step, or do it outside the model's forward."
             )
         return ExamplesMixError(
-            f"In {self.place()}, {label.why}. The loss depends on it, so it is no sum or mean of a loss of each "
+            f"In {self.place(label.where)}, {label.why}. The loss depends on it, so it is no sum or mean of a loss of each "
             "example: compute one loss an example, and run `px.backward(losses)`"
         )
 
@@ -63,19 +68,19 @@ class Refusals:
             "the examples alone to find out"
         )
 
-    def when_differentiated(self, forward: Forward, label: Lost) -> Callable[[Tensor], None]:
-        """A hook for a value over the batch that is no sum of losses: an error if a loss is made of it."""
+    def when_differentiated(self, forward: Forward, label: Lost) -> Callable[[], None]:
+        """What to do when a loss turns out to depend on a value whose examples cannot be told apart: an error."""
         error = self.error(label)
-        return lambda grad: forward.refuse(error)
+        return lambda: forward.refuse(error)
 
-    def lost(self, label: Label, func: Any) -> PerexError:
+    def lost(self, label: Lost, func: Any) -> PerexError:
         """The error for a parameter that meets rows of which perex lost track."""
-        why = label.why if isinstance(label, Lost) else "its result has no batch axis"
-        kind = ExamplesMixError if isinstance(label, Lost) and label.kind == "reduced" else UnsupportedError
+        kind = ExamplesMixError if label.kind != "unknown" else UnsupportedError
         name = getattr(func, "__name__", str(func))
         return kind(
-            f"In {self.place()}, a tracked parameter is used by `{name}` together with a value whose examples "
-            f"perex cannot tell apart: {why}. Leave the parameter out with `params=`, or rewrite that step."
+            f"In {self.place(label.where)}, {label.why}. So perex cannot tell the examples apart in what {self.place()} "
+            f"uses together with a tracked parameter, in `{name}`. Leave the parameter out with `params=`, or rewrite "
+            "that step."
         )
 
     def unsupported(self, func: Any, why: str) -> PerexError:

@@ -54,8 +54,19 @@ def has_dropout(args: tuple[Any, ...]) -> bool:
 RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
 
+def masked_gather(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """`masked_scatter` as a look-up: which element of the source a place reads is a number of its own."""
+    mask = mask.expand_as(x)
+    with torch._C.DisableTorchFunction():
+        numbers = mask.flatten().cumsum(0).sub_(1).clamp_(0).reshape(mask.shape)
+    numbers = torch.where(mask, numbers, 0)  # and so labelled as the mask is
+    return torch.where(mask, source.reshape(-1)[numbers], x)
+
+
 def rewritten(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
     """What to run in place of an operator call, if anything."""
     if func in RECURRENT and has_dropout(args):
         return recurrent_layers(func)
+    if func in (torch.masked_scatter, Tensor.masked_scatter) and len(args) == 3:
+        return masked_gather
     return None

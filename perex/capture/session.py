@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from perex.capture.axis import Axis, Held, Lost, Single
-from perex.capture.checks import check_model, compiling, learns_graph, refuse_batch_statistics
+from perex.capture.checks import check_model, compiling, learns_graph, refuse_batch_statistics, run_eagerly
 from perex.capture.forward import Forward, Receiver
 from perex.capture.hooks import hook
 from perex.capture.mode import Capture
@@ -109,6 +109,7 @@ class Session:
         self.capture: Capture | None = None
         self.running = False
         self.forwards = 0
+        self.restore: Callable[[], object] = nothing  # lets compiled functions run as such again
         self.root: nn.Module | None = None  # whose call the running forward is
         self.outputs: list[tuple[weakref.ref[Tensor], Held | Lost]] = []  # of the latest forward
         self.edges: list[tuple[int, list[tuple[GradientEdge, Held]]]] = []
@@ -239,6 +240,7 @@ class Session:
         self.caller = sys._getframe(3)  # of this function, `enter` and the hook: torch's call of the module
         self.running = True
         self.thread = threading.get_ident()
+        self.restore = run_eagerly()
         capture.__enter__()
         return True
 
@@ -251,6 +253,7 @@ class Session:
         again = Forward(-1, self.receiver, forward.batch, forward.path, forward.tracked)
         capture = Capture(self.parameters, again, self.key, self.where, self.recomputing)
         before = self.capture, self.running, self.frames, self.caller
+        restore = run_eagerly()
         self.capture, self.running, self.frames, self.caller = capture, True, [], None
         for tensor in tensors_of(args):
             axis = self.input_axis(tensor, forward.batch)
@@ -260,6 +263,7 @@ class Session:
             with capture:
                 yield
         finally:
+            restore()
             capture.labels.clean()
             self.capture, self.running, self.frames, self.caller = before
 
@@ -273,6 +277,8 @@ class Session:
     def end(self) -> None:
         """The outermost module has returned."""
         self.running, self.caller = False, None
+        self.restore()
+        self.restore = nothing
         if self.capture is not None:
             self.capture.forward.tracked = [entry for entry in self.parameters if entry.tracked]
             take_off(self.capture)
@@ -348,7 +354,7 @@ class Session:
                 continue
             if label.kind == "reduced" and (tensor.dim() or capture.counted is not None):
                 why = label if capture.counted is None else capture.counted
-                tensor.register_hook(capture.refuse.when_differentiated(capture.forward, why))
+                capture.watch(tensor, why)
 
     def close(self) -> None:
         """Take everything off the model."""
@@ -359,6 +365,10 @@ class Session:
             self.abort()
         self.parameters.release()
         self.capture = self.root = None
+
+
+def nothing() -> None:
+    """Do nothing."""
 
 
 def take_off(capture: Capture) -> None:

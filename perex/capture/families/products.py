@@ -98,12 +98,6 @@ def cdist(op: Operation) -> Label:
     return places.pop() if len(places) == 1 else op.mixed("pairs examples with each other")
 
 
-@family("outer ger kron cross chain_matmul multi_dot block_diag cartesian_prod meshgrid")
-def between(op: Operation) -> Label:
-    """Products of which perex follows none."""
-    return op.unknown("combines tensors in a way perex does not follow")
-
-
 @family("einsum")
 def einsum(op: Operation) -> Label:
     """The letter of the batch axis must be one letter everywhere and survive into the result."""

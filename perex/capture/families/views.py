@@ -202,11 +202,11 @@ def diff(op: Operation) -> Label:
     return op.mixed() if normal(op.arg(2, "dim", -1), found[0].dim()) == found[1].dim else found[1]
 
 
-@family("split chunk tensor_split split_with_sizes hsplit vsplit dsplit unbind", in_place=False)
+@family("split chunk tensor_split split_with_sizes unbind", in_place=False)
 def split(op: Operation) -> Label | list[Label]:
     """Pieces along a dimension; pieces of the batch axis hold whole batches or are not followed."""
     found = only(op)
-    if found is None or op.name in ("hsplit", "vsplit", "dsplit"):
+    if found is None:
         return op.unknown()
     tensor, axis = found
     position = 1 if op.name == "unbind" else 2
@@ -244,14 +244,12 @@ def cat(op: Operation) -> Label:
     return arranged(dim, torch.cat(owners), op.batch)
 
 
-@family("stack vstack hstack row_stack column_stack dstack", in_place=False)
+@family("stack", in_place=False)
 def stack(op: Operation) -> Label:
     """A new dimension, one entry a tensor; each may be of one example."""
     parts = list(op.arg(0, "tensors"))
     axes = {axis for _, axis in op.batched()}
     singles = [op.held(part) for part in parts]
-    if op.name != "stack":
-        return op.unknown()
     dim = normal(op.arg(1, "dim", 0), result_tensor(op).dim())
     if not axes:
         owners = [single.example if isinstance(single, Single) else NOBODY for single in singles]
@@ -374,6 +372,20 @@ def by_row(owners: Tensor, dim: int) -> Tensor:
 def one_owner(rows: Tensor) -> bool:
     """Whether each row `(N, n)` of owners has one, beside nobody."""
     return not rows.numel() or bool(((rows == rows.amax(1, keepdim=True)) | (rows == NOBODY)).all())
+
+
+@family("masked_scatter")
+def masked_scatter(op: Operation) -> Label:
+    """The elements of a source, in order, at the places where a mask is true: each must be of that place's example."""
+    x, mask, source = op.args[:3]
+    axis = aligned(op, [(tensor, held) for tensor, held in op.batched() if tensor is not source])
+    own = op.axis(source)
+    if not isinstance(axis, Axis) or own is None:
+        return axis
+    places = axis.ids(op.batch)[mask.detach().expand(x.shape).nonzero()[:, axis.dim].cpu()]
+    shape = [-1 if d == own.dim else 1 for d in range(source.dim())]
+    owners = own.ids(op.batch).reshape(shape).expand(source.shape).flatten()[: len(places)]
+    return axis if torch.equal(owners, places) else op.mixed("scatters rows of one example to another")
 
 
 @family("take", in_place=False)
