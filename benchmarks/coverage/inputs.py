@@ -39,15 +39,16 @@ class Inputs:
 
     def all(self) -> dict[str, Any]:
         """The arguments of the whole batch."""
-        return self.tensors | self.constants
+        whole = [name for name in self.tensors if self.rows(name) == 1]  # those that have a row for each example first
+        return {name: self.tensors[name] for name in dict.fromkeys([*whole, *self.tensors])} | self.constants
 
-    def one(self, index: int) -> dict[str, Any]:
-        """The arguments of a batch of one."""
+    def one(self, index: int, copies: int = 1) -> dict[str, Any]:
+        """The arguments of a batch of one example, or of copies of it."""
         pieces = {
             name: value[index * self.rows(name) : (index + 1) * self.rows(name)]
             for name, value in self.tensors.items()
         }
-        return pieces | self.constants
+        return {name: torch.cat([piece] * copies) for name, piece in pieces.items()} | self.constants
 
 
 def padded(inputs: Inputs) -> Inputs | None:
@@ -108,7 +109,9 @@ class Maker:
         return torch.randn(BATCH, *shape, generator=self.random, dtype=torch.float64)
 
     def words(self, *shape: int) -> Tensor:
-        return torch.randint(*WORDS, (BATCH, *shape), generator=self.random)
+        known = find(part(self.config, "text", "decoder"), "vocab_size")
+        highest = min(WORDS[1], known) if isinstance(known, int) else WORDS[1]
+        return torch.randint(WORDS[0], highest, (BATCH, *shape), generator=self.random)
 
     def wants(self, name: str, kind: str) -> bool:
         """Whether an input of a kind goes in: it is asked for, or the model can take it and we try that kind."""
@@ -121,7 +124,7 @@ class Maker:
             if self.wants(name, kind) and name not in made:
                 made.update({name: value for name, value in builder(self).items() if name in self.names})
         constants: dict[str, Any] = {}
-        if "use_cache" in self.names or getattr(self.config, "use_cache", None) is not None:
+        if "use_cache" in self.names or ("input_ids" in self.names and hasattr(self.config, "use_cache")):
             constants["use_cache"] = False
         for name, fix in (INPUTS.get(self.config.model_type) or {}).items():
             value = fix(self) if callable(fix) else fix
@@ -160,7 +163,7 @@ class Maker:
         grid = next((name for name in ("image_grid_thw", "grid_thw", "image_grid_hw") if name in self.names), None)
         if grid is not None:
             patch = find(vision, "patch_size") or 14
-            depth = find(vision, "temporal_patch_size") or 1
+            depth = find(vision, "temporal_patch_size", "patch_temporal") or 1
             pixels = self.floats(16, channels * depth * patch * patch).flatten(0, 1)
             name = "hidden_states" if "hidden_states" in self.required else "pixel_values"
             return {name: pixels, grid: torch.tensor([[1, 4, 4]]).repeat(BATCH, 1)}
@@ -168,7 +171,9 @@ class Maker:
         if isinstance(size, dict):
             size = (size["height"], size["width"])
         size = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)
-        made = {"pixel_values": self.floats(channels, *size), "image_sizes": self.every(list(size))}
+        frames = vars(self.config).get("num_frames") or vars(vision).get("num_frames")
+        shape = (channels, *size) if not frames else (frames, channels, *size)
+        made = {"pixel_values": self.floats(*shape), "image_sizes": self.every(list(size))}
         return made | {"pixel_mask": torch.ones(BATCH, *size, dtype=torch.long)} if "pixel_mask" in self.required else made
 
     def clip(self) -> dict[str, Tensor]:
@@ -214,11 +219,12 @@ class Maker:
         if any(name in made for name in ("input_features", "input_values")):
             kinds.append(("audio", ("audio_token_id", "audio_token_index", "speech_token_id"), "get_audio_features"))
         types = torch.zeros(BATCH, 0, dtype=torch.long)
-        ids = made["input_ids"]
+        ids, tokens = made["input_ids"], dict[int, int]()
         for number, (_, names, method) in enumerate(kinds, 1):
-            token = next((vars(self.config).get(n) for n in names if isinstance(vars(self.config).get(n), int)), None)
-            if token is None:
+            token = find(self.config, *names)
+            if not isinstance(token, int):
                 continue
+            tokens[number] = token
             count = self.count(method, made)
             before = [find(self.config, "vision_start_token_id")] if number == 1 and find(self.config, "vision_start_token_id") else []
             piece = torch.tensor([*before, *[token] * count])
@@ -228,21 +234,19 @@ class Maker:
             made["attention_mask"] = torch.ones_like(ids)
         if "mm_token_type_ids" in self.names and kinds:
             types = torch.zeros_like(ids)
-            for number, (_, names, _) in enumerate(kinds, 1):
-                for name in names:
-                    if isinstance(vars(self.config).get(name), int):
-                        types[ids == vars(self.config)[name]] = 2 * number - 1
+            for number in range(1, len(kinds) + 1):
+                if number in tokens:
+                    types[ids == tokens[number]] = 2 * number - 1
             made["mm_token_type_ids"] = types
         if "token_type_ids" in self.required:
             made["token_type_ids"] = torch.zeros_like(ids)
 
     def count(self, method: str, made: dict[str, Tensor]) -> int:
         """How many tokens the features of one example take, by asking the model for them."""
-        function: Callable[..., Any] | None = getattr(self.model, method, None) or getattr(
-            getattr(self.model, "model", None), method, None
-        )
-        if function is None:
+        holder = next((module for module in self.model.modules() if hasattr(module, method)), None)
+        if holder is None:
             return 4
+        function = getattr(holder, method)
         names = inspect.signature(function).parameters
         one = {name: value[: len(value) // BATCH] for name, value in made.items() if name in names and name != "input_ids"}
         with torch.no_grad():

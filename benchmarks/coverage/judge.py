@@ -31,14 +31,31 @@ def outputs(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 @dataclasses.dataclass
-class Loss:
-    """A random projection of every output that has rows of examples, another for each example.
+class Weights:
+    """How one output enters the loss.
 
     Attributes:
-        weights: for each output by path: its axis of examples, and the weights, (B, numbers in an example's piece).
+        axis: its dimension that holds the examples.
+        apart: whether an example's rows lie apart, as row `t * B + b`, rather than one after the other.
+        values: the weights, (B, numbers in an example's piece).
     """
 
-    weights: dict[str, tuple[int, Tensor]]
+    axis: int
+    apart: bool
+    values: Tensor
+
+    def pieces(self, out: Tensor, batch: int) -> Tensor:
+        """An output by examples, (batch, numbers in an example's piece)."""
+        rows = out.movedim(self.axis, 0)
+        rows = rows.unflatten(0, (-1, batch)).transpose(0, 1) if self.apart else rows
+        return rows.reshape(batch, -1)
+
+
+@dataclasses.dataclass
+class Loss:
+    """A random projection of every output that has rows of examples, another for each example."""
+
+    weights: dict[str, Weights]
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs) -> Loss:
@@ -52,29 +69,27 @@ class Loss:
                 continue
             axes = [d for d, (a, b) in enumerate(zip(whole.shape, one.shape, strict=True)) if a != b]
             if len(axes) == 1 and whole.shape[axes[0]] == BATCH * one.shape[axes[0]] and one.numel():
-                shape = BATCH, one.numel()
-                weights[path] = axes[0], torch.randn(shape, generator=random, dtype=torch.float64) / one.numel() ** 0.5
+                values = torch.randn(BATCH, one.numel(), generator=random, dtype=torch.float64) / one.numel() ** 0.5
+                forms = [Weights(axes[0], apart, values) for apart in (False, True)]
+                expected = forms[0].pieces(one, 1)[0]
+                weights[path] = min(forms, key=lambda w: float((w.pieces(whole, BATCH)[0] - expected).abs().max()))
         if not weights:
             raise ValueError(f"no output has rows of examples: {[(p, tuple(v.shape)) for p, v in many.items()]}")
         return cls(weights)
 
     def each(self, out: Any) -> Tensor:
-        """The losses of a batch, `(B,)`."""
+        """The losses of the batch, `(B,)`."""
         found = dict(outputs(out))
-        return sum(
-            (found[path].movedim(axis, 0).reshape(len(w), -1) * w).sum(1) for path, (axis, w) in self.weights.items()
-        )
+        return sum((w.pieces(found[path], BATCH) * w.values).sum(1) for path, w in self.weights.items())
 
-    def one(self, out: Any, rows: dict[str, Tensor]) -> Tensor:
-        """The loss of a batch of one, by its rows of the weights."""
+    def one(self, out: Any, rows: dict[str, Tensor], batch: int = 1) -> Tensor:
+        """The loss of the first example of a batch, by its rows of the weights."""
         found = dict(outputs(out))
-        return sum(
-            (found[path].movedim(axis, 0).reshape(-1) * rows[path]).sum() for path, (axis, _) in self.weights.items()
-        )
+        return sum((w.pieces(found[path], batch)[0] * rows[path]).sum() for path, w in self.weights.items())
 
     def rows(self, index: int) -> dict[str, Tensor]:
         """The weights of one example."""
-        return {path: w[index] for path, (_, w) in self.weights.items()}
+        return {path: w.values[index] for path, w in self.weights.items()}
 
 
 def tracked(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -82,13 +97,19 @@ def tracked(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def by_loop(model: nn.Module, inputs: Inputs, loss: Loss) -> tuple[Norms, Tensor, dict[str, Tensor]]:
-    """The oracle. Returns squared norms, losses, and the sum of the gradients."""
+def by_loop(
+    model: nn.Module, inputs: Inputs, loss: Loss, copies: int = 1
+) -> tuple[Norms, Tensor, dict[str, Tensor]]:
+    """The oracle. Returns squared norms, losses, and the sum of the gradients.
+
+    With two copies of each example, only the first of which counts, nothing changes but the batch size. torch needs
+    that: on CPU its backward of batch norm in eval mode is wrong for some strides of a batch of one.
+    """
     named = tracked(model)
     squares: dict[str, list[Tensor]] = {name: [] for name in named}
     losses, total = [], {name: torch.zeros_like(p) for name, p in named.items()}
     for index in range(BATCH):
-        value = loss.one(model(**inputs.one(index)), loss.rows(index))
+        value = loss.one(model(**inputs.one(index, copies)), loss.rows(index), copies)
         grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
         losses.append(value.detach())
         for (name, p), g in zip(named.items(), grads, strict=True):
@@ -126,6 +147,7 @@ def by_training(model: nn.Module, inputs: Inputs, loss: Loss) -> Norms:
     loss.each(model(**inputs.all())).mean().backward()
     plain = {name: p.grad for name, p in tracked(model).items()}
     model.zero_grad()
+    torch.manual_seed(0)
     with perex.attach(model) as px:
         loss.each(model(**inputs.all())).mean().backward()
         norms = px.squared_norms(by="parameter")
@@ -167,7 +189,7 @@ def mapped(model: nn.Module, inputs: Inputs, loss: Loss) -> Norms:
 
     pieces = {name: value.reshape(BATCH, inputs.rows(name), *value.shape[1:]) for name, value in inputs.tensors.items()}
     grads = vmap(grad(of_one), in_dims=(None, 0, 0), randomness="different")(
-        parameters, pieces, {path: w for path, (_, w) in loss.weights.items()}
+        parameters, pieces, {path: w.values for path, w in loss.weights.items()}
     )
     return {name: g.flatten(1).square().sum(1) for name, g in grads.items()}
 

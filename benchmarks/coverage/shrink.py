@@ -30,6 +30,8 @@ NUMBERS: list[tuple[str, int | None]] = [
     (r"num_(key_value|kv)_heads|n_head_kv|num_.*(key_value|kv)_heads|multi_query_group_num|n_kv_heads", GROUPS),
     (r".*num_attention_groups|num_query_groups", GROUPS),
     (r"(.*_)?(num_)?(attention_|attn_)?heads|n_heads?|.*num_.*heads|.*_n_heads|num_head", HEADS),
+    (r"upsample_groups", WIDTH),
+    (r"num_frames|frames_per_clip", 4),
     (r"rotary_dim", HEAD_DIM // 2),
     (r"qk_(nope|rope)_head_dim|index_head_dim", HEAD_DIM),
     (r"qk_head_dim", 2 * HEAD_DIM),
@@ -113,8 +115,10 @@ class Shrinker:
                 changed[name] = self.shrink(value, inner)
             elif name in fields and given(fields[name]) is not None:
                 small = self.value(name, value)
-                if small != value:
+                if small != value or value != given(fields[name]):  # what a parent has set is not the default
                     changed[name] = small
+            elif name in fields and isinstance(value, (bool, str)):
+                changed[name] = value
             elif name == "rope_parameters" and isinstance(value, dict):
                 sections = in_sections(value)
                 if sections != value:

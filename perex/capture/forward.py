@@ -17,6 +17,7 @@ from perex.factors.base import Factor
 from perex.factors.outline import Outline, outline
 
 if TYPE_CHECKING:
+    from perex.capture.alone import Record
     from perex.rules.call import Call
 
 __all__ = ["Entry", "Forward", "Receiver", "Shared", "Source", "Use"]
@@ -71,6 +72,8 @@ class Forward:
         paths: for reports, each call, in order.
         sentinel: an input of all taps that requires grad. It is not a leaf, so that its node tells whether a
             backward is restricted to some inputs (`torch.autograd.grad`).
+        record: what is needed to run some examples alone, where that is to be done.
+        shapes: tells inputs of one kind from others.
         doubt: why a run of some examples alone has to show that they do not depend on the others, if it has to.
     """
 
@@ -85,6 +88,8 @@ class Forward:
         self.tracked = tracked
         self.uses: Counter[Entry] = Counter()
         self.doubt: str | None = None
+        self.record: Record | None = None
+        self.shapes: object = None
         self.paths: list[Use] = []
         self.places: dict[int, Use] = {}
         self.sentinel = torch.zeros((), requires_grad=True).clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,10 @@ BATCHED, SHARED, LOST, STRANGER, UNTRACKED, COUNTED = 1, 2, 4, 8, 16, 32
 """Kinds of tensors, as bits; a constant has none. What is untracked requires grad, but nobody asks for its
 per-example gradients: other parameters, and what derives from them. A stranger requires grad and comes from nowhere
 that perex saw. What is counted is an integer or truth value over several examples."""
+
+UNMARKED = (None, None, False)
+
+CHECKS = ("isnan", "isinf", "isfinite")
 
 CONSTANT = "constant"
 """The label of what derives from untracked parameters, and is not a stranger for that."""
@@ -61,7 +65,7 @@ class Labels:
 
     def of(self, tensor: Tensor) -> Mark:
         """The label of a tensor in this forward."""
-        number, label = getattr(tensor, self.key, (None, None))
+        number, label, _ = getattr(tensor, self.key, UNMARKED)
         if number == self.number:
             return label
         base = tensor._base  # a view taken before examples were written into what it is a view of
@@ -81,12 +85,16 @@ class Labels:
         """The label of a tensor whose dimension `dim` is the batch as it is."""
         return Single(0) if self.batch == 1 else Axis(dim)
 
-    def mark(self, tensor: Tensor, label: Mark) -> None:
-        """Give a tensor its label."""
+    def real(self, tensor: Tensor) -> bool:
+        """Whether a tensor is of real numbers, or of integers or truth values that were made from such."""
+        return tensor.is_floating_point() or bool(getattr(tensor, self.key, UNMARKED)[2])
+
+    def mark(self, tensor: Tensor, label: Mark, real: bool = False) -> None:
+        """Give a tensor its label; `real` for integers and truth values made from real numbers of examples."""
         if label is not None:
             if not hasattr(tensor, self.key):
                 self.marked.append(weakref.ref(tensor))
-            setattr(tensor, self.key, (self.number, label))
+            setattr(tensor, self.key, (self.number, label, real))
         elif hasattr(tensor, self.key):
             delattr(tensor, self.key)
 
@@ -218,8 +226,12 @@ class Labels:
             return label
         if tensor.is_floating_point() or tensor.is_complex():
             return label
-        real = any(t.is_floating_point() for t, found in operation.inputs if found is not None)
+        real = self.from_real(operation.name, operation.inputs)
         return label._replace(kind="compared" if real else "counted")
+
+    def from_real(self, name: str, inputs: Sequence[tuple[Tensor, Mark]]) -> bool:
+        """Whether real numbers of examples decide what an operator gives; not where it only looks for NaN."""
+        return name not in CHECKS and any(self.real(t) for t, found in inputs if found is not None)
 
     def with_trial(self, tensor: Tensor, trial: Axis, func: Any, args: Any, kwargs: Any, out: Any) -> list[Label]:
         """What the labels of an operator's results would be if `tensor` had the batch axis `trial`."""

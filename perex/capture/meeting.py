@@ -140,6 +140,8 @@ class Meeting:
     def tap(self, call: Call, out: Any, saved: list[Tensor]) -> Any:
         """Put a tap behind the results of a call."""
         out_axes = call.out_axes
+        if self.forward.record is not None:
+            self.forward.record.met(call, tensors_in(out) or list(out), out_axes)
         number(call, self.forward.batch)
         self.forward.entered(call)
         run_recomputation_in(self.recomputing)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from perex.capture.alone import Record, draws
 from perex.capture.axis import Axis, Label, Lost, Single
 from perex.capture.carry import CHOOSES, COUNTS, FAMILIES, Operation, tensors_in
 from perex.capture.families.elementwise import aligned
@@ -86,6 +87,7 @@ class Capture(TorchFunctionMode):
         self.refuse = Refusals(where)
         self.meeting = Meeting(forward, self.labels, self.refuse, partial(recomputing, forward))
         self.active = True
+        self.record: Record | None = None  # of examples to run alone later
         self.opaque: object | None = None  # the running module that a rule of its own covers
         self.inputs: list[Tensor] = []
         self.counted: Lost | None = None  # an integer over the batch that left torch: a length, or a denominator
@@ -96,6 +98,20 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Run one operator, and follow what it does."""
         kwargs = kwargs or {}
+        if self.record is None or not self.active or not draws(func, args, kwargs):
+            return self.handle(func, args, kwargs)
+        given = self.record.given(self.refuse.where(), self.labels, tensors_in(*args, kwargs))
+        record, self.record = self.record, None  # what it is made of is no draw of its own
+        try:
+            out = self.handle(func, args, kwargs)
+        finally:
+            self.record = record
+        results = [(tensor, self.labels.batch_label(tensor)) for tensor in tensors_in(out)]
+        record.drew(func, given, results)
+        return out
+
+    def handle(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Follow one operator."""
         if not self.active or func in PASSED_OVER:
             return func(*args, **kwargs)
         labels, kinds = self.labels, 0
@@ -172,7 +188,9 @@ class Capture(TorchFunctionMode):
                     if not any(mark is label and source.requires_grad for source, mark in marks):  # hooked already
                         self.watch(tensor, label)
             if not (in_place(func) and args and tensor is args[0]):
-                self.labels.mark(tensor, CONSTANT if label is None and tensor.grad_fn is not None else label)
+                mark = CONSTANT if label is None and tensor.grad_fn is not None else label
+                whole = not tensor.is_floating_point()
+                self.labels.mark(tensor, mark, whole and self.labels.from_real(plain_name(func), marks))
             elif label != before:
                 self.labels.rewrite(tensor, label)
         return out
@@ -212,7 +230,7 @@ class Capture(TorchFunctionMode):
             raise self.refuse.taken_out(label, func)
         if isinstance(label, Lost):
             self.counted = label
-        if isinstance(label, (Axis, Lost)):
+        if isinstance(label, (Axis, Lost)) or isinstance(label, Single) and self.forward.batch > 1:
             self.doubtful(func.__name__, label if isinstance(label, Lost) else Lost("counted", "examples leave torch"))
         return func(*args, **kwargs)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -18,50 +17,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from perex.capture.alone import Record, replay
 from perex.capture.axis import Axis, Held, Lost, Single
 from perex.capture.checks import check_model, compiling, learns_graph, refuse_batch_statistics, run_eagerly
 from perex.capture.forward import Forward, Receiver
 from perex.capture.hooks import hook
 from perex.capture.mode import Capture
+from perex.capture.nest import map_tensors, tensors_of
 from perex.capture.parameters import Parameters, Selection
 from perex.capture.sharding import EXIT, Exit, is_managed, leave_last, refuse_flat
-from perex.errors import AttachError, UnsupportedError
+from perex.errors import AttachError, ExamplesMixError, UnsupportedError
 from perex.rules.registry import module_rule_for
 
 _sessions = itertools.count()
 
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in what a module takes or returns: containers, mappings and dataclasses are looked into."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_of(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_of(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for item in dataclasses.fields(value):
-            yield from tensors_of(getattr(value, item.name, None))
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same of what a module returns as `fully_shard` looks into: containers, named tuples and dataclasses."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {item.name: getattr(value, item.name) for item in dataclasses.fields(value) if item.init}
-        return dataclasses.replace(value, **{name: map_tensors(function, part) for name, part in parts.items()})
-    if isinstance(value, dict):
-        changed = copy.copy(value)
-        changed.update((key, map_tensors(function, part)) for key, part in value.items())
-        return changed
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, part) for part in value))
-    if type(value) in (list, tuple):
-        return type(value)(map_tensors(function, part) for part in value)
-    return value
+ALL, FEW = 8, 4
+"""Of a batch of up to 8, all examples are run alone to check it; of a larger one, 4 from end to end."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -119,6 +90,9 @@ class Session:
         self.thread = threading.get_ident()
         self.caller: FrameType | None = None
         self.closed = False
+        self.alone = False  # whether examples of a batch are being run alone
+        self.audited: set[object] = set()  # inputs of which shapes have been checked that way
+        self.unasked: set[object] = set()  # and of which nobody asked for it
         self.parameters = Parameters(model, params, param_grads, untapped)
         try:
             self.undo = hook(model, self.enter, self.leave)
@@ -132,6 +106,8 @@ class Session:
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a module's forward."""
+        if self.alone:
+            return
         if compiling():
             name = f"module '{path}'" if path else "the model"
             raise AttachError(
@@ -157,7 +133,7 @@ class Session:
             )
         elif torch.jit.is_tracing():
             raise AttachError("the model is being traced while perex is attached: detach first")
-        elif not self.begin(frame, args, kwargs):
+        elif not self.begin(frame, module, args, kwargs):
             return
         if is_managed(module) and not self.parameters.sharded:
             refuse_flat(self.parameters.model, [entry.parameter for entry in self.parameters.entries.values()])
@@ -173,7 +149,7 @@ class Session:
     def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """After a module's forward, also when it raised; may replace what it returned."""
         other_thread = threading.get_ident() != self.thread
-        if not self.running or other_thread or not self.frames or self.frames[-1].path != path:
+        if self.alone or not self.running or other_thread or not self.frames or self.frames[-1].path != path:
             return None
         frame = self.frames[-1]
         capture = self.capture
@@ -194,7 +170,7 @@ class Session:
                 self.end()
         return result
 
-    def begin(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def begin(self, frame: Frame, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Begin a forward with the outermost module call, or go on with one whose outputs are its inputs."""
         inputs = [tensor for tensor in tensors_of((args, kwargs)) if not isinstance(tensor, nn.Parameter)]
         candidates = [tensor for tensor in inputs if tensor.dim() > self.batch_dim]
@@ -233,6 +209,10 @@ class Session:
         for tensor in inputs:
             known = outputs.get(id(tensor)) if goes_on else None
             capture.labels.mark(tensor, known or self.input_axis(tensor, batch))
+        if goes_on or recomputed:
+            capture.record = capture.forward.record = None
+        elif batch > 1:
+            capture.record = capture.forward.record = self.recorded(capture, module, args, kwargs)
         several = sorted(set(sizes) - {1})
         capture.ambiguous = f"sizes {several}" if len(several) > 1 else None
         frame.begins = True
@@ -266,6 +246,58 @@ class Session:
             restore()
             capture.labels.clean()
             self.capture, self.running, self.frames, self.caller = before
+
+    def recorded(
+        self, capture: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Record | None:
+        """A record for running some examples of this batch alone, if its inputs have shapes that are new."""
+        forward, labels = capture.forward, capture.labels
+        forward.shapes = tuple((tuple(t.shape), t.dtype) for t in capture.inputs), module.training
+        if self.parameters.sharded:
+            forward.shapes = None, module.training  # every process has to run them, or none
+        if forward.shapes in self.audited or forward.shapes in self.unasked:
+            return None
+        last = forward.batch - 1
+        examples = range(forward.batch) if last < ALL else [last * place // (FEW - 1) for place in range(FEW)]
+
+        def of(example: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            def row(tensor: Tensor) -> Tensor:
+                axis = labels.of(tensor)
+                return tensor.detach().narrow(axis.dim, example, 1).clone() if isinstance(axis, Axis) else tensor
+
+            return map_tensors(row, args), map_tensors(row, kwargs)
+
+        shared = [t for t in capture.inputs if labels.of(t) is None and t.dim() and t.size(0) > 1]
+        inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+        return Record(tuple(examples), forward.batch, inner, of, sure=not shared)
+
+    def audit(self, forward: Forward) -> None:
+        """Run a few examples of a forward alone, where that was prepared; raise if one of them gets something else."""
+        record, forward.record = forward.record, None
+        if record is None:
+            self.unasked.discard(forward.shapes)
+            if forward.doubt is not None and forward.shapes not in self.audited:
+                raise UnsupportedError(f"{forward.doubt}. That takes a forward of its own: call the model again first")
+            return
+        self.audited.add(forward.shapes)
+        self.alone = True
+        try:
+            seen = replay(record, self.parameters)
+        except Exception as error:
+            if forward.doubt is not None:
+                raise UnsupportedError(f"{forward.doubt}; but alone, the model raises {error!r}") from error
+            return
+        finally:
+            self.alone = False
+        if seen is not None and (record.sure or forward.doubt is not None):
+            self.audited.discard(forward.shapes)
+            place = f"In module '{seen.where}'" if seen.where else "In the model's output"
+            raise ExamplesMixError(
+                f"{place}, an example gets something else when it is alone in the batch. So examples influence each "
+                "other there or in a step before it that perex cannot follow (numbers that leave torch, a branch on the "
+                "batch's values, compiled code), and none has a gradient of its own. If that is an effect of rounding, "
+                "attach(..., audit=False) does without this check"
+            )
 
     def input_axis(self, tensor: Tensor, batch: int) -> Held | None:
         """The batch axis of an input: `batch_dim`, or dimension 0 of one that has fewer dimensions."""

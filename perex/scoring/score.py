@@ -41,6 +41,7 @@ def score(
     progress: bool = True,
     out: str | PathLike[str] | None = None,
     step: Step | None = None,
+    audit: bool = True,
 ) -> Scores:
     """Compute the loss and the gradient norm of every example in a pool.
 
@@ -71,6 +72,7 @@ def score(
         out: a file to write the scores to as well; see `Scores.save` for the suffixes.
         step: instead of `loss_fn`, for models called in another way: `step(model, batch)` returns the losses
             `(B,)`, where `batch` is what the loader yields, on the device.
+        audit: whether batches of new shapes are checked for examples that influence each other; see `attach`.
 
     Returns:
         `Scores`: ids, losses and norms `(N,)`.
@@ -113,7 +115,7 @@ def score(
         torch.enable_grad(),
         prepared(model, mode, home if device is not None else None),
         frozen(loss_fn),
-        attach(model, params=params, param_grads=False) as px,
+        attach(model, params=params, param_grads=False, audit=audit) as px,
         _bar(progress, pool.size) as advance,
     ):
         for positions, batch in pool.batches:

@@ -148,6 +148,13 @@ def topk(op: Operation) -> Label:
     return op.mixed() if axis.dim == normal(op.arg(2, "dim", -1), tensor.dim()) else axis
 
 
+@family("multinomial")
+def multinomial(op: Operation) -> Label:
+    """`multinomial(weights, n)`: numbers of columns, drawn for each row."""
+    tensor, axis = op.batched()[0]
+    return axis if axis.dim == 0 and tensor.dim() == 2 and len(op.batched()) == 1 else op.mixed()
+
+
 @family("roll")
 def roll(op: Operation) -> Label:
     """`roll(input, shifts, dims)`."""

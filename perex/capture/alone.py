@@ -1,0 +1,258 @@
+"""What an example gets alone: a few examples of a batch are run again, each as a batch of one, and compared.
+
+Labels say where examples are, but not what a number does that left torch, or a truth value that Python branched on;
+nor can they see into code that runs elsewhere. So the first batch, and any batch whose inputs have new shapes, is
+checked by what it computes: a `Record` keeps a few examples' rows wherever parameters meet them, and `replay` looks
+whether they come out the same when the example is alone. Random draws are recorded too, and given out again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from perex.capture.axis import Axis, Held, Label, Single
+from perex.capture.carry import tensors_in
+from perex.capture.labels import Labels, plain_name
+from perex.capture.nest import tensors_of
+from perex.capture.operators import body, composite, in_place
+from perex.capture.parameters import Entry, Parameters, Shared
+from perex.rules.call import Call
+from perex.rules.registry import OPERATORS
+
+Rows = dict[int, Tensor]
+"""What an example has of a tensor, in the shape that it has alone, by the example's number."""
+
+DRAWS = frozenset(
+    """
+    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout bernoulli rand randn randint randperm
+    rand_like randn_like randint_like normal uniform exponential geometric cauchy log_normal random multinomial poisson
+    rrelu scaled_dot_product_attention native_dropout
+    """.split()
+)
+"""Operators that may draw random numbers."""
+
+
+def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator call draws random numbers."""
+    name = plain_name(func)
+    if name not in DRAWS:
+        return False
+    if "dropout" in name or name == "rrelu":
+        last = {"rrelu": (3, "training", False)}.get(name, (2, "training", name in ("dropout",)))
+        training = args[last[0]] if len(args) > last[0] else kwargs.get("train", kwargs.get(last[1], last[2]))
+        return bool(training)
+    if name == "scaled_dot_product_attention":
+        return bool((args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0)
+    return True
+
+
+@dataclass
+class Seen:
+    """What the examples had at one place: `key` are the parameters that met them there."""
+
+    where: str
+    key: tuple[str, ...]
+    rows: Rows
+
+
+@dataclass
+class Draw:
+    """What a random operator gave: rows of examples, or one tensor for all; and the rows it was given."""
+
+    name: str
+    given: list[Seen]
+    rows: list[Rows | Tensor]
+
+
+class Record:
+    """Keeps what a few examples of a batch have, while the model runs.
+
+    Args:
+        examples: their numbers.
+        batch: number of examples in the batch, B.
+        module: the module whose call it is.
+        inputs: its `(args, kwargs)` for an example alone.
+        sure: whether every input has its rows of examples, or is one that all share for certain.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[int],
+        batch: int,
+        module: nn.Module,
+        inputs: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]],
+        sure: bool,
+    ) -> None:
+        self.examples = examples
+        self.batch = batch
+        self.module = module
+        self.inputs = {b: inputs(b) for b in examples}
+        self.sure = sure
+        self.seen: list[Seen] = []
+        self.draws: list[Draw] = []
+        self.outputs: list[Seen] = []
+        self.state = random.getstate(), np.random.get_state()
+
+    def rows(self, tensor: Tensor, held: Held) -> Rows:
+        """The rows of the recorded examples in a tensor."""
+        tensor = tensor.detach()
+        if isinstance(held, Single):
+            return {held.example: tensor.clone()} if held.example in self.examples else {}
+        own = held.among(self.examples, self.batch) if held.owners is not None else None
+        found = {}
+        for place, b in enumerate(self.examples):
+            if own is not None:
+                index = (own.ids(self.batch) == place).nonzero().flatten().to(tensor.device)
+                found[b] = tensor.index_select(held.dim, index)
+            else:
+                found[b] = held.rows(tensor, self.batch)[b].clone()
+        return {b: rows for b, rows in found.items() if rows.numel()}
+
+    def met(self, call: Call, results: Sequence[Tensor], axes: Sequence[Held]) -> None:
+        """Parameters have met examples."""
+        if any(isinstance(source, Shared) for source in call.slots.values()):
+            return
+        key = tuple(sorted(source.name for source in call.slots.values() if isinstance(source, Entry)))
+        self.seen += [Seen(call.where, key, self.rows(t, axis)) for t, axis in zip(results, axes, strict=True)][:1]
+
+    def given(self, where: str, labels: Labels, tensors: list[Tensor]) -> list[Seen]:
+        """What a random operator is given."""
+        return [Seen(where, (), {} if (held := labels.held(t)) is None else self.rows(t, held)) for t in tensors]
+
+    def drew(self, func: Any, given: list[Seen], out: list[tuple[Tensor, Label]]) -> None:
+        """Random numbers have been drawn."""
+        rows: list[Rows | Tensor] = [
+            self.rows(t, held) if isinstance(held, (Axis, Single)) else t.detach().clone() for t, held in out
+        ]
+        self.draws.append(Draw(plain_name(func), given, rows))
+
+    def returned(self, tensor: Tensor, label: Label) -> None:
+        """An output of the model."""
+        rows = self.rows(tensor, label) if isinstance(label, (Axis, Single)) and tensor.is_floating_point() else {}
+        self.outputs.append(Seen("", (), rows))
+
+
+class Replay(TorchFunctionMode):
+    """Runs a model on one example, with the random numbers that it had in the batch.
+
+    Args:
+        record: of the batch.
+        example: the example's number in it.
+        parameters: the model's parameters.
+    """
+
+    def __init__(self, record: Record, example: int, parameters: Parameters) -> None:
+        super().__init__()
+        self.record = record
+        self.example = example
+        self.parameters = parameters
+        self.met: dict[tuple[str, ...], deque[Tensor]] = defaultdict(deque)
+        self.drawn = deque(record.draws)
+        self.differs: list[Seen] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator."""
+        kwargs = kwargs or {}
+        if composite(func) and func not in OPERATORS and not draws(func, args, kwargs):
+            with self:
+                return body(func)(*args, **kwargs)
+        if self.drawn and self.drawn[0].name == plain_name(func) and draws(func, args, kwargs):
+            return self.draw(func, args, kwargs)
+        out = func(*args, **kwargs)
+        found = [self.parameters.entries.get(id(tensor)) for tensor in tensors_in(*args, kwargs)]
+        key = tuple(sorted(entry.name for entry in found if entry is not None and entry.tracked))
+        results = tensors_in(out)
+        if key and results and results[0].is_floating_point() and results[0].numel() and not in_place(func):
+            self.met[key].append(results[0].detach().clone())  # it may be changed in place
+        return out
+
+    def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give out the example's part of what was drawn in the batch."""
+        recorded = self.drawn.popleft()
+        for tensor, seen in zip(tensors_in(*args, kwargs), recorded.given, strict=False):
+            rows = seen.rows.get(self.example)
+            if not in_place(func) and rows is not None and rows.is_floating_point() and not close(rows, tensor.detach()):
+                self.differs.append(seen)
+        out = func(*args, **kwargs)
+        for tensor, drawn in zip(tensors_in(out), recorded.rows, strict=False):
+            rows = drawn if isinstance(drawn, Tensor) else drawn.get(self.example)
+            if rows is not None and (fitting := fitted(rows, tensor, self.example, self.record.batch)) is not None:
+                tensor.detach().copy_(fitting)
+        return out
+
+
+def fitted(drawn: Tensor, wanted: Tensor, example: int, batch: int) -> Tensor | None:
+    """What was drawn, in the shape that is wanted: an example's part of every dimension that holds the batch."""
+    if drawn.dim() != wanted.dim():
+        return None
+    for dim, (size, want) in enumerate(zip(drawn.shape, wanted.shape, strict=True)):
+        if size != want and size == want * batch:
+            drawn = drawn.unflatten(dim, (batch, want)).select(dim, example)
+    return drawn if drawn.shape == wanted.shape else None
+
+
+def close(rows: Tensor, alone: Tensor) -> bool:
+    """Whether two tensors agree as far as one precision can tell after many operators."""
+    if rows.shape != alone.shape:
+        return True  # not comparable, as where one path flattens and the other does not
+    size = max(float(rows.nan_to_num(0, 0, 0).abs().max()), float(alone.nan_to_num(0, 0, 0).abs().max()), 1e-30)
+    slack = size * torch.finfo(rows.dtype).eps ** 0.5
+    return torch.allclose(rows, alone.to(rows), rtol=0.0, atol=slack, equal_nan=True)
+
+
+def replay(record: Record, parameters: Parameters) -> Seen | None:
+    """Run the recorded examples alone; the first place where one of them differs, or None.
+
+    Raises:
+        RuntimeError and others: whatever the model raises on one example.
+    """
+    for b in record.examples:
+        args, kwargs = record.inputs[b]
+        mode = Replay(record, b, parameters)
+        with kept(record.module), torch.no_grad():
+            random.setstate(record.state[0])
+            np.random.set_state(record.state[1])
+            with mode:
+                out = record.module(*args, **kwargs)
+        for seen in record.seen:
+            rows, found = seen.rows.get(b), mode.met[seen.key]
+            if rows is not None and found and not close(rows, found.popleft()):
+                return seen
+        if mode.differs:
+            return mode.differs[0]
+        alone = list(tensors_of(out))
+        if len(alone) == len(record.outputs):
+            for seen, tensor in zip(record.outputs, alone, strict=True):
+                if b in seen.rows and not close(seen.rows[b], tensor.detach()):
+                    return seen
+    return None
+
+
+@contextlib.contextmanager
+def kept(module: nn.Module) -> Iterator[None]:
+    """Put buffers and random states back as they were."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        with torch.no_grad():
+            for buffer, values in buffers:
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)

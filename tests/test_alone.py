@@ -1,0 +1,190 @@
+"""The audit: a few examples are run alone, and what parameters meet there is compared with the batch."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import WAYS, Bare, check, no_trace, scramble
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import perex
+
+B, T, D = 5, 4, 3
+LOSSES = [way for way in WAYS if way.call == "losses"]
+
+
+def data(*shape: int, seed: int = 0) -> Tensor:
+    """One example is much larger than all others."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x[1] *= 20
+    return x
+
+
+def net(function: Any) -> Bare:
+    torch.manual_seed(0)
+    model = Bare(function, w=f"{D}{D}")
+    model.first, model.second = nn.Linear(D, D), nn.Linear(D, D)
+    return model.double()
+
+
+def scaled_up(x: Tensor) -> Tensor:
+    return x * 2 if bool(x.abs().max() > 9) else x
+
+
+MIXING = {
+    "numpy": lambda m, x: m.second(m.first(x - torch.from_numpy(x.detach().numpy().mean(0)))),
+    "a list": lambda m, x: m.second(m.first(x) / max(max(map(abs, row)) for row in x[:, 0].tolist())),
+    "an item of a row": lambda m, x: m.second(m.first(x) * float(x[0, 0, 0].detach())),
+    "a branch": lambda m, x: m.second(m.first(scaled_up(x))),
+    "a branch inside": lambda m, x: m.second(m.first(x) if (m.first(x).abs() > 9).any() else m.first(x) * 3),
+    "experts have room for two": lambda m, x: m.second(capacity(m.first(x))),
+}
+
+
+def capacity(h: Tensor) -> Tensor:
+    """Only the first two tokens of the whole batch that choose the first expert get it."""
+    chosen = h.reshape(-1, D).argmax(-1)
+    place = (chosen == 0).long().cumsum(0)
+    keep = (chosen != 0) | (place <= 2)
+    return h * keep.reshape(h.shape[:-1])[..., None]
+
+
+@pytest.mark.parametrize("case", MIXING)
+@pytest.mark.parametrize("param_grads", [True, False])
+def test_mixing_that_no_label_shows(case, param_grads):
+    model = net(MIXING[case])
+    with no_trace(model), perex.attach(model, param_grads=param_grads) as px:
+        with pytest.raises(perex.PerexError):
+            px.backward(model(data(B, T, D)).sin().sum((1, 2)))
+            px.norms()
+        with pytest.raises(perex.PerexError):  # nor without losses
+            model(data(B, T, D)).sin().sum((1, 2)).mean().backward()
+            px.norms()
+
+
+def test_the_first_module_is_named():
+    model = nn.Sequential(nn.Linear(D, D), net(MIXING["an item of a row"]), nn.Linear(D, D)).double()
+    with perex.attach(model) as px, pytest.raises(perex.ExamplesMixError, match="'1.second'"):
+        px.backward(model(data(B, T, D)).sum((1, 2)))
+
+
+def test_it_can_be_switched_off():
+    model = net(MIXING["an item of a row"])
+    with perex.attach(model, audit=False) as px:
+        px.backward(model(data(B, T, D)).sin().sum((1, 2)))
+        assert px.norms().shape == (B,)
+
+
+HARMLESS = {
+    "a length": lambda m, x: m.second(m.first(x)[:, : int((x[..., 0] > -1e9).sum(1).max())]),
+    "a check": lambda m, x: m.second(m.first(x)) if not torch.isnan(x).any() else x,
+    "all of a mask": lambda m, x: m.second(m.first(x)) if (x[..., 0] > -1e9).all() else m.second(m.first(x) * 1.0),
+    "sorted and back": lambda m, x: (lambda o: m.second(m.first(x[o]))[o.argsort()])(x[:, 0, 0].argsort()),
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_what_only_looks_like_mixing(case):
+    check(net(HARMLESS[case]), (data(B, T, D),), ways=LOSSES)
+
+
+RANDOM = {
+    "dropout": nn.Dropout(0.5),
+    "dropout in place": nn.Dropout(0.5, inplace=True),
+    "feature dropout": nn.Dropout1d(0.5),
+    "alpha dropout": nn.AlphaDropout(0.3),
+    "rrelu": nn.RReLU(),
+    "noise": lambda x: x + torch.randn_like(x),
+    "noise of a shape": lambda x: x * torch.rand(x.shape[0], 1, x.shape[2], dtype=x.dtype),
+    "one number": lambda x: x * torch.rand((), dtype=x.dtype),
+    "stochastic depth": lambda x: x * x.new_empty(len(x), 1, 1).bernoulli_(0.5),
+    "gumbel": lambda x: F.gumbel_softmax(x),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "Python's": lambda x: x * random.random() + float(np.random.rand()),
+    "a layer dropped": lambda x: x if torch.rand(()) < 0.5 else x * 2,
+    "multinomial": lambda x: x * torch.multinomial(x.softmax(-1).reshape(-1, D), 1).reshape(*x.shape[:-1], 1),
+}
+
+
+@pytest.mark.parametrize("case", RANDOM)
+def test_randomness_does_not_trip_it(case):
+    model = net(lambda m, x: m.second(m.random(m.first(x)))).train()
+    function = RANDOM[case]
+    model.random = function if not isinstance(function, nn.Module) else function.train()
+    with perex.attach(model) as px:
+        for seed in range(3):
+            torch.manual_seed(seed)
+            x = data(B + seed, T, D)
+            px.backward(model(x).sin().sum((1, 2)))
+            assert px.norms().shape == (B + seed,)
+
+
+@pytest.mark.parametrize("case", ["dropout", "noise", "stochastic depth", "Python's"])
+def test_the_streams_of_random_numbers_go_on_as_without(case):
+    def state(attach: bool) -> Any:
+        torch.manual_seed(3), random.seed(3), np.random.seed(3)
+        model = net(lambda m, x: m.second(m.random(m.first(x)))).train()
+        model.random = RANDOM[case]
+        if attach:
+            with perex.attach(model) as px:
+                px.backward(model(data(B, T, D)).sin().sum((1, 2)))
+        else:
+            model(data(B, T, D)).sin().sum((1, 2)).mean().backward()
+        return torch.rand(3), random.random(), np.random.rand()
+
+    with_perex, without = state(True), state(False)
+    assert torch.equal(with_perex[0], without[0]) and with_perex[1:] == without[1:]
+
+
+def test_mixing_behind_dropout_is_found():
+    model = net(lambda m, x: m.second(F.dropout(m.first(x) * float(x[0, 0, 0].detach()), 0.5))).train()
+    with perex.attach(model) as px, pytest.raises(perex.ExamplesMixError):
+        px.backward(model(data(B, T, D)).sum((1, 2)))
+
+
+def test_buffers_are_as_after_one_forward():
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(D, D)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.layer(x)
+
+    model = Counts().double()
+    with perex.attach(model) as px:
+        px.backward(model(data(B, D)).sum(1))
+    assert model.calls == 1
+
+
+def test_once_for_each_shape():
+    calls: list[int] = []
+    model = net(lambda m, x: m.second(m.first(x)))
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with perex.attach(model) as px:
+        for size in (B, B, B + 1, B):
+            px.backward(model(data(size, T, D)).sum((1, 2)))
+        assert len(calls) == 4 + B + B + 1
+        calls.clear()
+        for _ in range(3):
+            model(data(7, T, D)).mean().backward()
+        assert len(calls) == 3
+
+
+def test_score_can_do_without():
+    model = scramble(net(MIXING["an item of a row"])).double()
+    pool = (data(9, T, D), torch.zeros(9))
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return out.sin().sum()
+
+    with pytest.raises(perex.PerexError):
+        perex.score(model, pool, loss, batch_size=3)
+    assert len(perex.score(model, pool, loss, batch_size=3, audit=False)) == 9
