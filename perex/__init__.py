@@ -11,7 +11,7 @@ from perex.errors import (
 )
 from perex.quantities import Quantity
 from perex.report import Report, Row
-from perex.rules import broadcast, convolution, embedding, linear, normalization  # noqa: F401  (they register)
+from perex.rules import broadcast, convolution, embedding, grouped, linear, normalization  # noqa: F401  (they register)
 from perex.rules.call import Captured
 from perex.rules.registry import module_rule, operator_rule
 from perex.scoring import Scores, ScoringError, score

@@ -109,7 +109,7 @@ def by_perex(trial: Trial) -> tuple[dict[str, Tensor], Report]:
     def own(name: str, parameter: nn.Parameter) -> bool:
         return any(parameter is one for one in trial.parameters.values())
 
-    with trial.run(), attach(trial.model, params=own, param_grads=False, batch_dim=trial.batch_dim) as px:
+    with trial.run(), attach(trial.model, params=own, param_grads=False, batch_dim=trial.batch_dim, audit=False) as px:
         px.backward(trial.compute(trial.model, trial.batch, trial.n))
         norms = px.norms(by="parameter")
         assert isinstance(norms, dict)

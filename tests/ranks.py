@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -62,25 +64,35 @@ class Ranks:
         for connection in self.connections:
             connection.close()
         for process in self.processes:
-            process.join(1)
+            process.join(0.2)
             if process.is_alive():
                 process.kill()
                 process.join()
         self.processes, self.connections = [], []
 
-    def __call__(self, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[Any]:
+    def __call__(self, function: Callable[..., Any], *arguments: Any, seconds: float = 20) -> list[Any]:
         """What `function(rank, *arguments)` returns on each rank."""
         if not self.processes:
             self.start()
         for connection in self.connections:
             connection.send((function, arguments))
-        results, failures = [], []
-        for rank, connection in enumerate(self.connections):
-            came = connection.poll(seconds if not failures else 5)  # one that failed may leave the other waiting
-            done, result = (False, "hung, or died") if not came else connection.recv()
-            results.append(result)
-            if not done:
-                failures.append(f"rank {rank}: {result}")
+        results: list[Any] = [None] * WORLD
+        failures: list[str] = []
+        waiting, end = dict(zip(self.connections, range(WORLD), strict=True)), time.monotonic() + seconds
+        while waiting:
+            ready = wait(list(waiting), max(0.0, end - time.monotonic()))
+            if not ready:
+                failures += [f"rank {rank}: hung" for rank in waiting.values()]
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    done, results[rank] = connection.recv()
+                except EOFError:
+                    done, results[rank] = False, "died"
+                if not done:
+                    failures.append(f"rank {rank}: {results[rank]}")
+                    end = min(end, time.monotonic() + 1)  # one that failed may leave the other waiting
         if failures:
             self.stop()
             raise AssertionError("\n".join(failures))

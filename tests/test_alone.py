@@ -47,10 +47,10 @@ MIXING = {
 
 
 def capacity(h: Tensor) -> Tensor:
-    """Only the first two tokens of the whole batch that choose the first expert get it."""
+    """Only the first two tokens of the whole batch that choose the last expert get it."""
     chosen = h.reshape(-1, D).argmax(-1)
-    place = (chosen == 0).long().cumsum(0)
-    keep = (chosen != 0) | (place <= 2)
+    place = (chosen == 2).long().cumsum(0)
+    keep = (chosen != 2) | (place <= 2)
     return h * keep.reshape(h.shape[:-1])[..., None]
 
 

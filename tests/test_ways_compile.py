@@ -148,9 +148,8 @@ AFTER = {
 
 
 @every_way
-@every_backend
 @pytest.mark.parametrize("case", AFTER)
-def test_a_layer_compiled_after_attaching(case, backend, param_grads):
+def test_a_layer_compiled_after_attaching(case, param_grads, backend="aot_eager"):
     model = net()
     with perex.attach(model, param_grads=param_grads) as px:
         assert_step(px, model, model, inputs(), param_grads)
@@ -210,10 +209,9 @@ AROUND = {
 
 
 @every_way
-@every_backend
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("case", AROUND)
-def test_what_is_compiled_around_the_model_is_refused(case, warm, backend, param_grads):
+def test_what_is_compiled_around_the_model_is_refused(case, warm, param_grads, backend="aot_eager"):
     """Nothing can be read then, least of all what an earlier batch had left."""
     model = net()
     early = torch.compile(model, backend=backend)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from fixes import INPUTS
+from shrink import IMAGE, WORDS
 from torch import Tensor, nn
 
-from fixes import INPUTS
-from shrink import IMAGE, VOCABULARY, WIDTH, WORDS
-
 BATCH, TOKENS = 3, 8
+MELS = "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "input_dim", "feature_projection_input_dim"
+# Inputs that become tokens: how their names begin, the names of the token's id, and the method that makes features.
+FEATURES = [
+    ("pixel_values", ("image_token_id", "image_token_index", "img_token_id", "media_token_id"), "get_image_features"),
+    ("input_features", ("audio_token_id", "audio_token_index", "speech_token_id"), "get_audio_features"),
+    ("input_values", ("audio_token_id", "audio_token_index", "speech_token_id"), "get_audio_features"),
+]
 
 
 @dataclasses.dataclass
@@ -22,8 +27,7 @@ class Inputs:
     """What a model is called with.
 
     Attributes:
-        tensors: by name; their rows are examples.
-        folded: names of tensors whose first dimension holds several rows for every example.
+        tensors: by name. The first dimension holds the examples, with as many rows for each.
         constants: further arguments, the same for every call.
     """
 
@@ -42,13 +46,12 @@ class Inputs:
         whole = [name for name in self.tensors if self.rows(name) == 1]  # those that have a row for each example first
         return {name: self.tensors[name] for name in dict.fromkeys([*whole, *self.tensors])} | self.constants
 
-    def one(self, index: int, copies: int = 1) -> dict[str, Any]:
-        """The arguments of a batch of one example, or of copies of it."""
+    def one(self, index: int) -> dict[str, Any]:
+        """The arguments of a batch of one."""
         pieces = {
-            name: value[index * self.rows(name) : (index + 1) * self.rows(name)]
-            for name, value in self.tensors.items()
+            name: value[index * self.rows(name) : (index + 1) * self.rows(name)] for name, value in self.tensors.items()
         }
-        return {name: torch.cat([piece] * copies) for name, piece in pieces.items()} | self.constants
+        return pieces | self.constants
 
 
 def padded(inputs: Inputs) -> Inputs | None:
@@ -86,8 +89,7 @@ class Maker:
 
     Args:
         model: the model.
-        seed: of the random numbers.
-        modalities: which of "image", "audio" and "video" to hand over besides text.
+        modalities: which kinds of input to hand over, besides those the model cannot do without.
         layout: whether features are "BFT" or "BTF".
         length: how many tokens of text.
     """
@@ -110,12 +112,12 @@ class Maker:
 
     def words(self, *shape: int) -> Tensor:
         known = find(part(self.config, "text", "decoder"), "vocab_size")
-        highest = min(WORDS[1], known) if isinstance(known, int) else WORDS[1]
+        highest = min(WORDS[1], max(known, 2 * WORDS[0])) if isinstance(known, int) else WORDS[1]
         return torch.randint(WORDS[0], highest, (BATCH, *shape), generator=self.random)
 
     def wants(self, name: str, kind: str) -> bool:
         """Whether an input of a kind goes in: it is asked for, or the model can take it and we try that kind."""
-        return name in self.required or (name in self.main and name in self.names) or (name in self.names and kind in self.modalities)
+        return name in self.required or (name in self.names and (name in self.main or kind in self.modalities))
 
     def make(self) -> Inputs:
         """All inputs."""
@@ -173,8 +175,12 @@ class Maker:
         size = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)
         frames = vars(self.config).get("num_frames") or vars(vision).get("num_frames")
         shape = (channels, *size) if not frames else (frames, channels, *size)
-        made = {"pixel_values": self.floats(*shape), "image_sizes": self.every(list(size))}
-        return made | {"pixel_mask": torch.ones(BATCH, *size, dtype=torch.long)} if "pixel_mask" in self.required else made
+        made = {"pixel_values": self.floats(*shape)}
+        if self.layout == "BFT":  # the second attempt goes without
+            made["image_sizes"] = self.every(list(size))
+        if "pixel_mask" in self.required:
+            made["pixel_mask"] = torch.ones(BATCH, *size, dtype=torch.long)
+        return made
 
     def clip(self) -> dict[str, Tensor]:
         """A few frames, for the models of videos."""
@@ -186,16 +192,13 @@ class Maker:
 
     def features(self) -> dict[str, Tensor]:
         audio = part(self.config, "audio", "speech", "encoder")
-        names = "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "input_dim", "feature_projection_input_dim"
-        mel = find(audio, *names) or find(self.config, *names) or 80
+        mel = find(audio, *MELS) or find(self.config, *MELS) or 80
         positions = find(audio, "max_source_positions")
         frames = 2 * positions if positions else 64
         shape = (mel, frames) if self.layout == "BFT" else (frames, mel)
         made = {"input_features": self.floats(*shape)}
         if "input_features_mask" in self.names:
             made["input_features_mask"] = torch.ones(BATCH, frames, dtype=torch.long)
-        if "attention_mask" in self.names and "input_ids" not in self.names and "input_features" in self.required:
-            pass
         return made
 
     def samples(self) -> dict[str, Tensor]:
@@ -213,48 +216,48 @@ class Maker:
         """Put as many image or audio tokens into the text as there are features of images or audio."""
         if "input_ids" not in made:
             return
-        kinds = []
-        if any(name.startswith("pixel_values") for name in made):
-            kinds.append(("image", ("image_token_id", "image_token_index", "img_token_id", "media_token_id"), "get_image_features"))
-        if any(name in made for name in ("input_features", "input_values")):
-            kinds.append(("audio", ("audio_token_id", "audio_token_index", "speech_token_id"), "get_audio_features"))
-        types = torch.zeros(BATCH, 0, dtype=torch.long)
-        ids, tokens = made["input_ids"], dict[int, int]()
-        for number, (_, names, method) in enumerate(kinds, 1):
-            token = find(self.config, *names)
-            if not isinstance(token, int):
-                continue
-            tokens[number] = token
-            count = self.count(method, made)
-            before = [find(self.config, "vision_start_token_id")] if number == 1 and find(self.config, "vision_start_token_id") else []
-            piece = torch.tensor([*before, *[token] * count])
+        kinds = [
+            (names, method)
+            for start, names, method in FEATURES
+            if any(name.startswith(start) for name in made) and isinstance(find(self.config, *names), int)
+        ]
+        ids, begin = made["input_ids"], find(self.config, "vision_start_token_id")
+        for names, method in kinds:
+            before = [begin] if begin and method == "get_image_features" else []
+            piece = torch.tensor([*before, *[find(self.config, *names)] * self.count(method, made)])
             ids = torch.cat([ids[:, :2], piece.expand(BATCH, -1), ids[:, 2:]], 1)
         made["input_ids"] = ids
         if "attention_mask" in made:
             made["attention_mask"] = torch.ones_like(ids)
         if "mm_token_type_ids" in self.names and kinds:
-            types = torch.zeros_like(ids)
-            for number in range(1, len(kinds) + 1):
-                if number in tokens:
-                    types[ids == tokens[number]] = 2 * number - 1
-            made["mm_token_type_ids"] = types
+            made["mm_token_type_ids"] = torch.zeros_like(ids)
+            for number, (names, _) in enumerate(kinds):
+                made["mm_token_type_ids"][ids == find(self.config, *names)] = 2 * number + 1
         if "token_type_ids" in self.required:
             made["token_type_ids"] = torch.zeros_like(ids)
 
     def count(self, method: str, made: dict[str, Tensor]) -> int:
         """How many tokens the features of one example take, by asking the model for them."""
-        holder = next((module for module in self.model.modules() if hasattr(module, method)), None)
-        if holder is None:
+        found = [getattr(module, method) for module in self.model.modules() if hasattr(module, method)]
+        told = [inspect.signature(function).parameters for function in found]
+        function, names = next(
+            ((f, names) for f, names in zip(found, told, strict=True) if any(n in names for n in made)), (None, {})
+        )
+        if function is None:
             return 4
-        function = getattr(holder, method)
-        names = inspect.signature(function).parameters
-        one = {name: value[: len(value) // BATCH] for name, value in made.items() if name in names and name != "input_ids"}
+        needed = [name for name, p in names.items() if p.default is p.empty]
+        taken = {
+            name: value for name, value in made.items() if name in names and (name != "input_ids" or name in needed)
+        }
+        one = {name: value[: len(value) // BATCH] for name, value in taken.items()}
         with torch.no_grad():
-            found = function(**one)
-        found = getattr(found, "pooler_output", found)
-        if isinstance(found, (list, tuple)):
-            found = torch.cat([f.flatten(0, -2) for f in found]) if isinstance(found[0], Tensor) else found[0]
-        return found.numel() // found.shape[-1]
+            features = function(**one)
+        features = getattr(features, "pooler_output", features)
+        if isinstance(features, (list, tuple)):
+            features = (
+                torch.cat([f.flatten(0, -2) for f in features]) if isinstance(features[0], Tensor) else features[0]
+            )
+        return features.numel() // features.shape[-1]
 
 
 BUILDERS: list[tuple[str, Callable[[Maker], dict[str, Tensor]], str]] = [
@@ -268,21 +271,17 @@ BUILDERS: list[tuple[str, Callable[[Maker], dict[str, Tensor]], str]] = [
     ("past_values", Maker.series, "series"),
 ]
 
-CHOICES = [
-    (modalities, layout, length)
-    for modalities in (("text", "image", "audio"), ("text", "image"), ("text", "audio"), ("text",))
-    for layout in ("BFT", "BTF")
-    for length in (TOKENS,)
-]
+MODALITIES = ("text", "image", "audio"), ("text", "image"), ("text", "audio"), ("text",)
+CHOICES = [(kinds, layout, TOKENS) for kinds in MODALITIES for layout in ("BFT", "BTF")]
 
 
-def attempts(model: nn.Module) -> Iterator[Inputs]:
-    """Inputs to try, best first."""
-    seen = set()
+def attempts(model: nn.Module) -> Iterator[Inputs | Exception]:
+    """Inputs to try, the richest first; or what kept some from being made."""
+    seen: set[str] = set()
     for choice in CHOICES:
         try:
             inputs = Maker(model, *choice).make()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             yield error
             continue
         if repr(inputs) not in seen:

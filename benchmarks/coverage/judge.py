@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from inputs import BATCH, Inputs
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-
-from inputs import BATCH, Inputs
 
 PARAMETER, TOTAL = 1e-6, 1e-7  # relative to the example's norm
 Norms = dict[str, Tensor]  # squared, (B,), by parameter
@@ -82,10 +82,10 @@ class Loss:
         found = dict(outputs(out))
         return sum((w.pieces(found[path], BATCH) * w.values).sum(1) for path, w in self.weights.items())
 
-    def one(self, out: Any, rows: dict[str, Tensor], batch: int = 1) -> Tensor:
-        """The loss of the first example of a batch, by its rows of the weights."""
+    def one(self, out: Any, rows: dict[str, Tensor]) -> Tensor:
+        """The loss of a batch of one, by its rows of the weights."""
         found = dict(outputs(out))
-        return sum((w.pieces(found[path], batch)[0] * rows[path]).sum() for path, w in self.weights.items())
+        return sum((w.pieces(found[path], 1)[0] * rows[path]).sum() for path, w in self.weights.items())
 
     def rows(self, index: int) -> dict[str, Tensor]:
         """The weights of one example."""
@@ -97,19 +97,41 @@ def tracked(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def by_loop(
-    model: nn.Module, inputs: Inputs, loss: Loss, copies: int = 1
-) -> tuple[Norms, Tensor, dict[str, Tensor]]:
-    """The oracle. Returns squared norms, losses, and the sum of the gradients.
+@contextlib.contextmanager
+def spelled_out() -> Iterator[None]:
+    """Batch norm by running statistics as plain arithmetic, for the oracles.
 
-    With two copies of each example, only the first of which counts, nothing changes but the batch size. torch needs
-    that: on CPU its backward of batch norm in eval mode is wrong for some strides of a batch of one.
+    On CPU, torch's own backward of it reads the output's gradient in the wrong order where strides are ambiguous, as
+    those of a batch of one with transposed gradients are (seen in 2.13, against finite differences).
     """
+    original = nn.functional.batch_norm
+
+    def batch_norm(
+        x: Tensor, mean: Tensor, var: Tensor, weight: Any = None, bias: Any = None, training: bool = False, *more: Any
+    ) -> Tensor:
+        if training or mean is None:
+            return original(x, mean, var, weight, bias, training, *more)
+        shape = -1, *[1] * (x.dim() - 2)
+        eps = more[1] if len(more) > 1 else 1e-5
+        out = (x - mean.view(shape)) / (var.view(shape) + eps).sqrt()
+        out = out if weight is None else out * weight.view(shape)
+        return out if bias is None else out + bias.view(shape)
+
+    nn.functional.batch_norm = batch_norm
+    try:
+        yield
+    finally:
+        nn.functional.batch_norm = original
+
+
+@spelled_out()
+def by_loop(model: nn.Module, inputs: Inputs, loss: Loss) -> tuple[Norms, Tensor, dict[str, Tensor]]:
+    """The oracle. Returns squared norms, losses, and the sum of the gradients."""
     named = tracked(model)
     squares: dict[str, list[Tensor]] = {name: [] for name in named}
     losses, total = [], {name: torch.zeros_like(p) for name, p in named.items()}
     for index in range(BATCH):
-        value = loss.one(model(**inputs.one(index, copies)), loss.rows(index), copies)
+        value = loss.one(model(**inputs.one(index)), loss.rows(index))
         grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
         losses.append(value.detach())
         for (name, p), g in zip(named.items(), grads, strict=True):
@@ -119,6 +141,7 @@ def by_loop(
     return {name: torch.stack(values) for name, values in squares.items()}, torch.stack(losses), total
 
 
+@spelled_out()
 def by_batch(model: nn.Module, inputs: Inputs, loss: Loss) -> Norms:
     """The gradient of each loss in the graph of the whole batch; the same as the loop's, where a row is left alone."""
     named = tracked(model)
@@ -129,6 +152,17 @@ def by_batch(model: nn.Module, inputs: Inputs, loss: Loss) -> Norms:
         for (name, p), g in zip(named.items(), grads, strict=True):
             squares[name].append(p.new_zeros(()) if g is None else g.square().sum())
     return {name: torch.stack(values) for name, values in squares.items()}
+
+
+@spelled_out()
+def batch_gap(model: nn.Module, inputs: Inputs, loss: Loss, loop: tuple[Norms, Tensor, dict[str, Tensor]]) -> float:
+    """How far the batch is from its examples, without any library: in losses, and in the sum of gradients."""
+    _, losses, total = loop
+    found = loss.each(model(**inputs.all()))
+    grads = torch.autograd.grad(found.sum(), list(tracked(model).values()), allow_unused=True)
+    off = sum((t if g is None else g - t).square().sum() for g, t in zip(grads, total.values(), strict=True))
+    scale = sum(t.square().sum() for t in total.values())
+    return max(float((off / scale).sqrt()), float(((found - losses).abs() / losses.abs().max()).max()))
 
 
 def by_perex(model: nn.Module, inputs: Inputs, loss: Loss) -> Norms:
@@ -168,6 +202,7 @@ def by_vmap(model: nn.Module, inputs: Inputs, loss: Loss) -> Norms:
     """
     unmasked = {n: t for n, t in inputs.tensors.items() if not (n.endswith("attention_mask") and bool(t.all()))}
     first: Exception | None = None
+    usual = model.config._attn_implementation
     for tensors, attention in ((inputs.tensors, None), (unmasked, None), (unmasked, "eager")):
         try:
             if attention:
@@ -175,6 +210,9 @@ def by_vmap(model: nn.Module, inputs: Inputs, loss: Loss) -> Norms:
             return mapped(model, Inputs(tensors, inputs.constants), loss)
         except Exception as error:
             first = first or error
+        finally:
+            if attention:
+                model.set_attn_implementation(usual)
     assert first is not None
     raise first
 

@@ -20,11 +20,12 @@ POSITIONS, IMAGE = 128, 64
 # place, None to leave it.
 NUMBERS: list[tuple[str, int | None]] = [
     (r"type_vocab_size|.*(kernel|window|merge|chunk|block|stride|crop|shift|pool|grid|hop|fft|win)_size", None),
-    (r"(temporal_)?patch_size|tubelet_size|patch_length|.*image_size.*|num_channels|in_channels|in_chans|.*_factor", None),
+    (r"(temporal_)?patch_size|tubelet_size|patch_length|.*image_size.*", None),
+    (r"num_channels|in_channels|in_chans|.*_factor", None),
     (r"(.*_)?vocab(ulary)?_size(_.*)?|n_vocab|num_buckets_vocab|vocab_size_or_config_json_file", VOCABULARY),
     (r"codebook_size|num_codevectors.*|num_hash_buckets|.*num_embeddings", 16),
     (r"codevector_dim|codebook_dim|.*num_(conv_pos_embedding|codevector)_groups", 4),
-    (r"max_position_embeddings|n_positions|max_.*_positions|n_ctx|max_seq_len|.*max_sequence_length|max_.*positions.*", POSITIONS),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|.*max_sequence_length|max_.*positions.*", POSITIONS),
     (r"original_max_position_embeddings", 64),
     (r"sliding_window(_size)?|attention_window|attention_chunk_size|local_window_size|local_attention", 4),
     (r"num_(key_value|kv)_heads|n_head_kv|num_.*(key_value|kv)_heads|multi_query_group_num|n_kv_heads", GROUPS),
@@ -46,8 +47,9 @@ NUMBERS: list[tuple[str, int | None]] = [
     (r"first_k_dense_replace|num_dense_layers|first_k.*", 1),
     (r".*layer_(period|interval|freq|frequency|step)|.*_every_n_layers|.*sparse_step|.*_interval", 2),
     (r".*layer_offset", 1),
-    (r"(num_)?n?(hidden_)?layers?|depth|n_layers?|.*num_.*layers|(.*_)?(encoder|decoder)_layers|.*_layers|.*_depth|num_blocks", LAYERS),
-    (r"num_queries|num_query_tokens|.*num_latents|.*_n_latents|latent_query_num|num_object_queries|num_detection_tokens", 6),
+    (r"(num_)?n?(hidden_)?layers?|depth|n_layers?|.*num_.*layers|.*_layers|.*_depth|num_blocks", LAYERS),
+    (r"num_queries|num_query_tokens|.*num_latents|.*_n_latents", 6),
+    (r"latent_query_num|num_object_queries|num_detection_tokens", 6),
     (r"ssm_state_size|state_size|mamba_d_state|.*_state_dim|.*d_state", 8),
     (r".*(hidden_size|d_model|n_embd|embed_dim|hidden_dim|projection_dim|embedding_size|embedding_dim).*", WIDTH),
     (r".*(_size|_dim|_dims|_width|_channels|_units|_features|dim|width)", WIDTH),
@@ -113,6 +115,8 @@ class Shrinker:
             inner = f"{path}.{name}".lstrip(".")
             if isinstance(value, PreTrainedConfig):
                 changed[name] = self.shrink(value, inner)
+            elif name in fields and isinstance(given(fields[name]), str) and not isinstance(value, str):
+                continue  # "auto"
             elif name in fields and given(fields[name]) is not None:
                 small = self.value(name, value)
                 if small != value or value != given(fields[name]):  # what a parent has set is not the default
@@ -147,7 +151,8 @@ class Shrinker:
         for name, value in vars(config).items():
             if KINDS.fullmatch(name) and isinstance(value, (list, tuple)) and len(value) == getattr(config, count):
                 kinds[name] = list(dict.fromkeys(value))
-            if INDICES.fullmatch(name) and isinstance(value, (list, tuple)) and len(value) > 1 and "depths" not in fields:
+            several = isinstance(value, (list, tuple)) and len(value) > 1
+            if several and INDICES.fullmatch(name) and "depths" not in fields:
                 least = max(least, len(value))
                 changed[name.removeprefix("_")] = list(range(1, len(value) + 1))
         least = max([least, *(len(kind) for kind in kinds.values())])

@@ -28,8 +28,14 @@ def run_recomputation_in(context: Callable[[tuple[Any, ...]], AbstractContextMan
         return
 
     def again(*args: Any) -> None:
-        with context(args):
+        with context((*args, enclosed(recompute, "kwargs"))):  # these are not among the arguments
             recompute(*args)
 
     again.perex = True  # type: ignore[attr-defined]
     frame.recompute_fn = again
+
+
+def enclosed(function: Any, name: str) -> Any:
+    """A variable in a function's closure, or None; other variables there may have no value."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
+    return cells[name].cell_contents if name in cells else None

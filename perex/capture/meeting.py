@@ -17,6 +17,7 @@ from perex.capture.parameters import Source
 from perex.capture.refusals import Refusals
 from perex.capture.taps import Poison, Tap
 from perex.errors import PerexError
+from perex.rules.broadcast import returned
 from perex.rules.call import Call, Ref, pack, unpack
 from perex.rules.general import GENERAL
 from perex.rules.recurrent import PACKED, is_packed
@@ -93,6 +94,15 @@ class Meeting:
         for tensor in results:
             self.labels.mark(tensor, label)
         return type(out)(results) if template is out else unpack(template, results)
+
+    def returned(self, tensor: Tensor, axis: Held) -> Tensor:
+        """Tap an output of the model that derives from parameters alone, as one whose rows are the examples'."""
+        source, rule = self.labels.source(tensor), OPERATORS[returned]
+        call = self.record(returned, rule, (Ref(0),), {}, [tensor], {"value": source}, [axis])
+        value = self.labels.stand_in(tensor)
+        value = returned(value if self.labels.parameters.param_grads else value.detach())
+        tapped: Tensor = self.tap(call, value, [])
+        return tapped
 
     def module(self, module: nn.Module, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Tap the output of a module with a rule of its own, which keeps the batch axis of its input."""

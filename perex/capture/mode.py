@@ -47,6 +47,13 @@ def masked_write(target: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     return written
 
 
+def put(target: Tensor, index: Any, value: Tensor) -> Tensor:
+    """What `target` holds after `target[index] = value`."""
+    written = target.clone()
+    written[index] = value
+    return written
+
+
 def leading(operation: Operation) -> Label:
     """The axis of a tensor whose leading dimensions are those of a mask."""
     if not operation.only(*operation.args[:2]):
@@ -230,7 +237,8 @@ class Capture(TorchFunctionMode):
             raise self.refuse.taken_out(label, func)
         if isinstance(label, Lost):
             self.counted = label
-        if isinstance(label, (Axis, Lost)) or isinstance(label, Single) and self.forward.batch > 1:
+        own = isinstance(label, Single) and (self.forward.batch == 1 or not args[0].is_floating_point())  # a length, say
+        if isinstance(label, (Axis, Single, Lost)) and not own:
             self.doubtful(func.__name__, label if isinstance(label, Lost) else Lost("counted", "examples leave torch"))
         return func(*args, **kwargs)
 
@@ -330,12 +338,16 @@ class Capture(TorchFunctionMode):
             self.labels.mark(piece, label)
             target[index] = self.meet(fill, (piece, value), {})
             return
-        if (
-            torch.is_grad_enabled()
-            and self.labels.kind(target, self.labels.of(target)) == SHARED
-            and not kinds & BATCHED
-        ):
+        held = self.labels.of(target)
+        own = isinstance(held, Shared) and held.tensor.data_ptr() == target.data_ptr()
+        if torch.is_grad_enabled() and own and not kinds & BATCHED:
             self.derive(Tensor.__setitem__, (target, index, value), {})
+            return
+        fresh = (held is None and not target.requires_grad) or isinstance(held, Shared)
+        if torch.is_grad_enabled() and shared and fresh and target._base is None and not kinds & (BATCHED | LOST):
+            written = self.derive(put, (target, index, value), {})
+            target.copy_(written)  # from here on it derives from parameters
+            self.labels.mark(target, self.labels.of(written))
             return
         if torch.is_grad_enabled() and shared:
             why = "writes a parameter into a tensor that holds no examples"
@@ -380,6 +392,7 @@ class Capture(TorchFunctionMode):
             return 0
         last = args[9] if len(args) > 9 else kwargs.get("include_last_offset", False)
         bags = len(offsets) - bool(last)
+        self.record = self.forward.record = None  # to run a bag alone, its ids would have to be cut out
         if bags != self.forward.batch and not self.forward.uses:
             self.forward.batch = self.labels.batch = bags
             for tensor in self.inputs:

@@ -186,6 +186,10 @@ class Parameters:
         for entry in self.entries.values() if self.sharded else ():
             entry.sharded, entry.stand_in = True, None
 
+    def versions(self) -> list[int]:
+        """How often each parameter was changed."""
+        return [entry.parameter._version for entry in self]
+
     def chosen(self, name: str, parameter: nn.Parameter) -> bool:
         """What `params` says of a parameter."""
         try:

@@ -22,9 +22,10 @@ from perex.capture.axis import Axis, Held, Lost, Single
 from perex.capture.checks import check_model, compiling, learns_graph, refuse_batch_statistics, run_eagerly
 from perex.capture.forward import Forward, Receiver
 from perex.capture.hooks import hook
+from perex.capture.inputs import batch_size, input_label
 from perex.capture.mode import Capture
 from perex.capture.nest import map_tensors, tensors_of
-from perex.capture.parameters import Parameters, Selection
+from perex.capture.parameters import Parameters, Selection, Shared
 from perex.capture.sharding import EXIT, Exit, is_managed, leave_last, refuse_flat
 from perex.errors import AttachError, ExamplesMixError, UnsupportedError
 from perex.rules.registry import module_rule_for
@@ -138,6 +139,8 @@ class Session:
         if is_managed(module) and not self.parameters.sharded:
             refuse_flat(self.parameters.model, [entry.parameter for entry in self.parameters.entries.values()])
             self.parameters.sharded = True
+            if self.capture is not None:
+                self.capture.record = self.capture.forward.record = None
         if frame.begins:
             self.root = module
         if self.parameters.sharded and self.root is not None:
@@ -161,6 +164,8 @@ class Session:
                     result = self.close_module(capture, module, args, kwargs, out)
             if frame.begins and capture is not None and out is not None:
                 out = out if result is None else result
+                if any(isinstance(capture.labels.of(tensor), Shared) for tensor in tensors_of(out)):
+                    out = result = self.tap_shared(capture, out)
                 if self.parameters.sharded:
                     out = result = self.behind_hooks(capture, out)
                 self.take_outputs(capture, out)
@@ -173,13 +178,7 @@ class Session:
     def begin(self, frame: Frame, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Begin a forward with the outermost module call, or go on with one whose outputs are its inputs."""
         inputs = [tensor for tensor in tensors_of((args, kwargs)) if not isinstance(tensor, nn.Parameter)]
-        candidates = [tensor for tensor in inputs if tensor.dim() > self.batch_dim]
-        sizes = [tensor.size(self.batch_dim) for tensor in candidates]
-        batch = sizes[0] if sizes else None
-        if batch == 1:  # perhaps shared by all examples, as position ids are: then another input has more rows
-            ndim = candidates[0].dim()
-            rows = (size for size, t in zip(sizes, candidates, strict=True) if size > 1 and t.dim() >= ndim)
-            batch = next(rows, 1)
+        batch = batch_size(inputs, self.batch_dim)
         if batch is None:
             self.unseen = (
                 f"its inputs hold no tensor with a dimension {self.batch_dim}, where `batch_dim` says the examples are"
@@ -208,12 +207,12 @@ class Session:
         batch = capture.forward.batch
         for tensor in inputs:
             known = outputs.get(id(tensor)) if goes_on else None
-            capture.labels.mark(tensor, known or self.input_axis(tensor, batch))
+            capture.labels.mark(tensor, known or input_label(tensor, inputs, batch, self.batch_dim))
         if goes_on or recomputed:
             capture.record = capture.forward.record = None
         elif batch > 1:
             capture.record = capture.forward.record = self.recorded(capture, module, args, kwargs)
-        several = sorted(set(sizes) - {1})
+        several = sorted({tensor.size(self.batch_dim) for tensor in inputs if tensor.dim() > self.batch_dim} - {1})
         capture.ambiguous = f"sizes {several}" if len(several) > 1 else None
         frame.begins = True
         self.frames = [frame]
@@ -236,7 +235,7 @@ class Session:
         restore = run_eagerly()
         self.capture, self.running, self.frames, self.caller = capture, True, [], None
         for tensor in tensors_of(args):
-            axis = self.input_axis(tensor, forward.batch)
+            axis = input_label(tensor, [tensor], forward.batch, self.batch_dim)
             dims = [dim for dim, size in enumerate(tensor.shape) if size == forward.batch]
             capture.labels.mark(tensor, axis or (capture.labels.plain(dims[0]) if dims else None))
         try:
@@ -253,8 +252,8 @@ class Session:
         """A record for running some examples of this batch alone, if its inputs have shapes that are new."""
         forward, labels = capture.forward, capture.labels
         forward.shapes = tuple((tuple(t.shape), t.dtype) for t in capture.inputs), module.training
-        if self.parameters.sharded:
-            forward.shapes = None, module.training  # every process has to run them, or none
+        if self.parameters.sharded:  # every process would have to run as many, and they have batches of their own
+            return None
         if forward.shapes in self.audited or forward.shapes in self.unasked:
             return None
         last = forward.batch - 1
@@ -263,13 +262,18 @@ class Session:
         def of(example: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
             def row(tensor: Tensor) -> Tensor:
                 axis = labels.of(tensor)
-                return tensor.detach().narrow(axis.dim, example, 1).clone() if isinstance(axis, Axis) else tensor
+                if not isinstance(axis, Axis):
+                    return tensor
+                rows = (axis.ids(forward.batch) == example).nonzero().flatten()
+                return tensor.detach().index_select(axis.dim, rows.to(tensor.device))
 
             return map_tensors(row, args), map_tensors(row, kwargs)
 
         shared = [t for t in capture.inputs if labels.of(t) is None and t.dim() and t.size(0) > 1]
         inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
-        return Record(tuple(examples), forward.batch, inner, of, sure=not shared)
+        record = Record(tuple(examples), forward.batch, inner, of, sure=not shared)
+        record.versions = self.parameters.versions()
+        return record
 
     def audit(self, forward: Forward) -> None:
         """Run a few examples of a forward alone, where that was prepared; raise if one of them gets something else."""
@@ -299,20 +303,16 @@ class Session:
                 "attach(..., audit=False) does without this check"
             )
 
-    def input_axis(self, tensor: Tensor, batch: int) -> Held | None:
-        """The batch axis of an input: `batch_dim`, or dimension 0 of one that has fewer dimensions."""
-        dim = self.batch_dim if tensor.dim() > self.batch_dim else 0
-        if tensor.dim() <= dim or tensor.size(dim) != batch:
-            return None
-        return Single(0) if batch == 1 else Axis(dim)
-
     def end(self) -> None:
         """The outermost module has returned."""
         self.running, self.caller = False, None
         self.restore()
         self.restore = nothing
         if self.capture is not None:
-            self.capture.forward.tracked = [entry for entry in self.parameters if entry.tracked]
+            forward = self.capture.forward
+            forward.tracked = [entry for entry in self.parameters if entry.tracked]
+            if forward.record is not None and forward.record.versions != self.parameters.versions():
+                forward.record = None  # it changes its own parameters, and would do so again
             take_off(self.capture)
             self.capture.opaque = None
             self.capture.inputs = []
@@ -351,6 +351,25 @@ class Session:
         assert rule is not None
         return capture.meeting.module(module, rule, args, kwargs, out)
 
+    def tap_shared(self, capture: Capture, out: Any) -> Any:
+        """What a model returns, with outputs that derive from parameters alone tapped as rows of the examples.
+
+        That each loss reads its own row only is for `px.backward(losses)` to check.
+        """
+
+        def tapped(tensor: Tensor) -> Tensor:
+            label = capture.labels.of(tensor)
+            if not isinstance(label, Shared) or not tensor.requires_grad or tensor.dim() <= self.batch_dim:
+                return tensor
+            if capture.forward.batch == 1 or tensor.size(self.batch_dim) != capture.forward.batch:
+                return tensor
+            lost = Lost("counted", "an output derives from parameters alone, and has as many rows as there are examples")
+            capture.doubtful("return", lost)
+            with torch._C.DisableTorchFunction():
+                return capture.meeting.returned(tensor, Axis(self.batch_dim))
+
+        return map_tensors(tapped, out)
+
     def behind_hooks(self, capture: Capture, out: Any) -> Any:
         """What a sharded model returns, each tensor behind an `Exit`."""
 
@@ -371,6 +390,8 @@ class Session:
         self.edges = [*self.edges[-1:], (capture.forward.number, edges)]
         for tensor in tensors_of(out):
             label = capture.labels.of(tensor)
+            if capture.forward.record is not None:
+                capture.forward.record.returned(tensor, capture.labels.batch_label(tensor))
             audited = not self.parameters.sharded or tensor.grad_fn is not None and tensor.grad_fn.name() == EXIT
             if isinstance(label, (Axis, Single)) and tensor.requires_grad and audited:
                 edges.append((get_gradient_edge(tensor), label))

@@ -52,6 +52,10 @@ class Factor(ABC):
         """One factor for the sum of both, or None where that is no simpler than keeping two."""
         return None
 
+    def apart(self, other: Factor) -> bool:
+        """Whether the two surely have no entry in common, so that their inner product is zero."""
+        return False
+
     def take(self, examples: Tensor) -> Factor:
         """The gradients of some examples: `(n,)` numbers, in this order."""
         from perex.factors.dense import Dense

@@ -81,6 +81,12 @@ class Few(Factor):
                 return Few(joined.take(torch.tensor(order)), [both[i] for i in order], self.batch)
         return None
 
+    def apart(self, other: Factor) -> bool:
+        """See `Factor.apart`: of no common example, or apart for these."""
+        if not isinstance(other, Few):
+            return self.factor.apart(other)
+        return set(self.examples).isdisjoint(other.examples) or self.factor.apart(other.factor)
+
     def dot(self, other: Factor) -> Tensor:
         """See `Factor.dot`: between the examples that both have."""
         theirs = other.examples if isinstance(other, Few) else list(range(self.batch))

@@ -105,13 +105,14 @@ class Part(Factor):
         merged = self.factor.merge(other.factor)
         return None if merged is None else Part(merged, self.place)
 
+    def apart(self, other: Factor) -> bool:
+        """See `Factor.apart`: parts that do not overlap."""
+        return isinstance(other, Part) and self.place.apart(other.place)
+
     def dot(self, other: Factor) -> Tensor:
-        """See `Factor.dot`: zero between parts that are apart."""
-        if isinstance(other, Part):
-            if self.place == other.place:
-                return self.factor.dot(other.factor)
-            if self.place.apart(other.place):
-                return torch.zeros_like(self.factor.squared_norm())
+        """See `Factor.dot`."""
+        if isinstance(other, Part) and self.place == other.place:
+            return self.factor.dot(other.factor)
         return self.blockwise_dot(other)
 
     def take(self, examples: Tensor) -> Factor:

@@ -43,7 +43,8 @@ class Total(Factor):
         for i, factor in enumerate(others, start=1):
             out = out + factor.squared_norm()
             for earlier in self.factors[:i]:
-                out = out + 2 * factor.dot(earlier)
+                if not factor.apart(earlier):
+                    out = out + 2 * factor.dot(earlier)
         return out.clamp_min(0) if others else out  # rounding may leave a sum of squares below zero
 
     def dot(self, other: Factor) -> Tensor:

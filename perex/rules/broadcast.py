@@ -60,3 +60,14 @@ def fill(target: Tensor, value: Tensor) -> Tensor:
 def write(captured: Captured) -> dict[str, Factor]:
     """A parameter written into rows of the batch: `x[:, 0] = token`."""
     return {"value": summed(captured, "value", 1)}
+
+
+def returned(value: Tensor) -> Tensor:
+    """An output of the model that derives from parameters alone, and has a row for each example."""
+    return value.view_as(value)
+
+
+@operator_rule(returned, arguments="value", parameters="value")
+def given_out(captured: Captured) -> dict[str, Factor]:
+    """What a model returns of parameters alone."""
+    return {"value": summed(captured, "value", 1)}

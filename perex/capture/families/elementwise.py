@@ -57,6 +57,17 @@ def positions(op: Operation) -> Label:
     return arranged(0, owners, op.batch)
 
 
+@family("isin bucketize searchsorted")
+def looked_up(op: Operation) -> Label:
+    """Each element of one argument looked up in another that is the same for all examples."""
+    x = op.arg(1, "input") if op.name == "searchsorted" else op.arg(0, "input", op.kwargs.get("elements"))
+    table = op.arg(0, "sorted_sequence") if op.name == "searchsorted" else None
+    if table is not None and op.axis(table) is not None:  # a row of the table for each row of x
+        same = op.axis(x) == op.axis(table) and op.axis(x) is not None and x.dim() - 1 != op.axis(x).dim
+        return op.axis(x) if same else op.mixed()
+    return op.axis(x) if op.axis(x) is not None and op.only(x) else op.mixed("looks examples up among each other")
+
+
 @family("to type type_as")
 def conversion(op: Operation) -> Label:
     """The first argument in another form; of a second one, only the form is read."""
@@ -119,7 +130,7 @@ def reduction_with_order(op: Operation) -> Label:
     fft ifft rfft irfft hfft ihfft fftn ifftn rfftn irfftn fft2 ifft2 rfft2 irfft2 fftshift ifftshift
     """
 )
-def along(op: Operation) -> Label:
+def along(op: Operation) -> Label | list[Label]:
     """Operators that work along some dimensions and keep all of them."""
     tensor, axis = op.batched()[0]
     if op.name.endswith(("fft", "fft2", "fftn")):  # f(input, n, dim)
@@ -138,6 +149,8 @@ def along(op: Operation) -> Label:
             dim = 0 if tensor.dim() in (0, 1, 3) else 1
     if axis.dim not in dims_of(dim, tensor.dim()):
         return axis
+    if op.name == "sort" and tensor.dim() == 1 and len(op.results) == 2:  # a value stays its example's own
+        return [arranged(0, axis.ids(op.batch)[op.results[1].cpu()], op.batch), op.mixed()]
     return arranged(axis.dim, axis.ids(op.batch).flip(0), op.batch) if op.name == "flip" else op.mixed()
 
 

@@ -159,8 +159,25 @@ def prelu(op: Operation) -> Label:
 @family("scaled_dot_product_attention")
 def attention(op: Operation) -> Label:
     """`(..., T, d)` queries, keys and values: leading dimensions are independent."""
+    q, k = op.arg(0, "query"), op.arg(1, "key")
+    mask = op.arg(3, "attn_mask")
+    if any(axis.dim - tensor.dim() == -2 for tensor, axis in op.batched()) and isinstance(mask, Tensor):
+        return in_blocks(op, q, k, op.arg(2, "value"), mask)
     inside = any(axis.dim - tensor.dim() >= -2 for tensor, axis in op.batched())
     return op.mixed("attends across the batch") if inside else aligned(op)
+
+
+def in_blocks(op: Operation, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Label:
+    """Sequences of several examples in one, where the mask keeps each among its own."""
+    found = op.axis(q), op.axis(k), op.axis(v)
+    places = [axis is not None and axis.dim - t.dim() == -2 for t, axis in zip((q, k, v), found, strict=True)]
+    if not all(places) or found[0] is None or found[1] is None or found[2] is None or op.axis(mask) is not None:
+        return op.mixed("attends across the batch")
+    mine, theirs = found[0].ids(op.batch), found[1].ids(op.batch)
+    foreign = (mine[:, None] != theirs).to(mask.device)
+    attends = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    apart = not bool((attends & foreign).any()) and torch.equal(theirs, found[2].ids(op.batch))
+    return found[0].moved(result_tensor(op).dim() - 2) if apart else op.mixed("attends across the batch")
 
 
 @family("lstm gru rnn_tanh rnn_relu")

@@ -41,15 +41,25 @@ def matmul_with_bias(op: Operation) -> Label:
     """`input + x @ y`, where the batch axis of the product decides."""
     if op.name.startswith("addbmm"):
         return op.unknown("sums over its first dimension")
-    inputs = [(tensor, label) for tensor, label in op.inputs if tensor is not op.args[0]]
-    product = Operation("matmul", op.args[1:3], {}, op.out, op.results, inputs, op.batch)
-    if len(op.args) < 3 or not product.batched():
-        return op.unknown()
+    names = ("mat", "vec") if op.name == "addmv" else ("batch1", "batch2") if op.name == "baddbmm" else ("mat1", "mat2")
+    bias, x, y = op.arg(0, "input"), op.arg(1, names[0]), op.arg(2, names[1])
+    inputs = [(tensor, label) for tensor, label in op.inputs if tensor is not bias]
+    product = Operation("matmul", (x, y), {}, op.out, op.results, inputs, op.batch)
+    if not product.batched():
+        return aligned(op)
     label = matmul(product)
-    bias = op.axis(op.args[0])
-    if bias is not None and aligned(op, [(op.args[0], bias)]) != label:
+    own = op.axis(bias)
+    if own is not None and aligned(op, [(bias, own)]) != label:
         return op.mixed("pairs examples with each other")
     return label
+
+
+@family("_grouped_mm grouped_mm")
+def grouped_mm(op: Operation) -> Label:
+    """`(N, d_in)` rows in groups, each with a weight of `(E, d_in, d_out)`: row by row."""
+    x = op.args[0]
+    axis = op.axis(x)
+    return axis if axis is not None and axis.dim == 0 and x.dim() == 2 and op.only(x) else op.mixed()
 
 
 @family("tensordot")

@@ -1,0 +1,83 @@
+"""Where the examples are in a model's inputs: what their shapes, and sometimes their integers, tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from perex.capture.axis import Axis, Held, Single, arranged
+
+
+def batch_size(inputs: Sequence[Tensor], batch_dim: int) -> int | None:
+    """Number of examples, B: rows of the first input, or of those that it holds for each example.
+
+    A first input with one row may be shared by all examples, as position ids are: then another with more rows
+    decides. One whose rows are packed, with another input to say how many belong to each example, is of as many
+    examples as that says.
+    """
+    candidates = [tensor for tensor in inputs if tensor.dim() > batch_dim]
+    if not candidates:
+        return None
+    first = candidates[0]
+    batch = first.size(batch_dim)
+    if batch == 1:
+        rows = (t.size(batch_dim) for t in candidates if t.size(batch_dim) > 1 and t.dim() >= first.dim())
+        batch = next(rows, 1)
+    if batch_dim == 0 and first.is_floating_point() and all(len(t) != batch for t in candidates if t is not first):
+        counts = next((found for t in candidates[1:] if (found := counts_of(t, batch)) is not None), None)
+        batch = batch if counts is None else len(counts)
+    return batch
+
+
+def counts_of(tensor: Tensor, rows: int) -> Tensor | None:
+    """How many of `rows` packed rows belong to each example, if integers say so.
+
+    They are offsets from 0 to `rows`, lengths that add up to `rows`, or sizes (of a grid of patches, say) whose products
+    do: `(B + 1,)`, `(B,)` or `(B, k)`.
+    """
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or not 1 <= tensor.dim() <= 2:
+        return None
+    values = tensor.detach().cpu()
+    if values.dim() == 2:
+        counts = values.prod(1)
+        return counts if len(counts) > 1 and values.size(1) > 1 and int(counts.sum()) == rows else None
+    if len(values) > 2 and int(values[0]) == 0 and int(values[-1]) == rows and bool((values.diff() >= 0).all()):
+        return values.diff()
+    return values if len(values) > 1 and int(values.sum()) == rows and bool((values >= 0).all()) else None
+
+
+def input_label(tensor: Tensor, inputs: Sequence[Tensor], batch: int, batch_dim: int) -> Held | None:
+    """The batch axis of an input: `batch_dim`, or dimension 0 of one that has fewer dimensions or packed rows."""
+    if of_positions(tensor, inputs[0], batch, batch_dim):
+        return None
+    dim = batch_dim if tensor.dim() > batch_dim else 0
+    if tensor.dim() <= dim:
+        return None
+    if tensor.size(dim) == batch:
+        return Single(0) if batch == 1 else Axis(dim)
+    if dim == 0 and tensor.is_floating_point() and tensor.size(0) > batch > 1:
+        for other in inputs:
+            counts = counts_of(other, tensor.size(0)) if other.dim() and len(other) in (batch, batch + 1) else None
+            if counts is not None and len(counts) == batch:
+                return arranged(0, torch.arange(batch).repeat_interleave(counts), batch)
+    return None
+
+
+def of_positions(tensor: Tensor, first: Tensor, batch: int, batch_dim: int) -> bool:
+    """Whether an input that could be of the examples is of positions, where a sequence is as long as the batch.
+
+    Integers `(T,)` beside a first input `(B, T, ...)` are taken for positions: should they be of the examples after
+    all, their rows are still matched where they are used. A square mask is one of positions if it is triangular.
+    """
+    others = [size for dim, size in enumerate(first.shape) if dim != batch_dim]
+    if tensor is first or batch < 2 or batch not in others[:1]:
+        return False
+    if tensor.dim() == 1:
+        return not tensor.is_floating_point() and tensor.dtype != torch.bool
+    if tensor.shape != (batch, batch):
+        return False
+    blocked = tensor if tensor.dtype == torch.bool else tensor == float("-inf")
+    upper, lower = blocked.triu(1), blocked.tril(-1)
+    return bool(upper.sum() == batch * (batch - 1) // 2) != bool(lower.sum() == batch * (batch - 1) // 2)
