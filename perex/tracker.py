@@ -58,9 +58,9 @@ def attach(
             as it does for frozen weights, so outputs agree to rounding; with True they are the same to the bit.)
         forwards: what several forwards before one backward hold: the `"same"` examples, as the two sides of
             a siamese network, or `"further"` ones. None refuses what it cannot know.
-        audit: whether `px.backward(losses)` checks the first batch, and each whose inputs have new shapes, for examples
-            that influence each other: a few of them are run again alone and compared, and each loss may depend on its own
-            example's outputs only.
+        audit: whether `px.backward(losses)` checks the first batch, and each whose inputs have new shapes, for
+            examples that influence each other: a few of them are run again alone and compared, and each loss may
+            depend on its own example's outputs only.
         grad_scaler: the scaler of the loss that is run backward, as in `scaler.scale(loss).backward()`: norms are then
             of the loss before scaling. `px.backward(losses)` scales by itself.
 
@@ -210,7 +210,7 @@ class Tracker:
         first = 0
         for forward in forwards:
             if self._audit:
-                self._session.audit(forward)
+                self._session.auditor.check(forward, self._session.parameters)
             outputs = edges.get(forward.number, [])
             kind = len(losses), first, *((edge.node.name(), axis) for edge, axis in outputs)
             if self._audit and kind not in self._audited:
@@ -327,7 +327,7 @@ class Tracker:
         if self._session.running and not forward.recomputed:
             result.refuse(NotReadyError("the last backward ran inside the model's forward: nothing to read from it"))
         if result.losses is None:  # nobody will ask whether the examples do without each other
-            self._session.unasked.add(forward.shapes)
+            self._session.auditor.unasked.add(forward.shapes)
             forward.record = None
             if forward.doubt is not None:
                 result.refuse(UnsupportedError(forward.doubt))

@@ -591,4 +591,4 @@ def test_a_rank_that_fails_or_waits_is_noticed():
     """The test of the tests."""
     with Ranks() as running:
         with pytest.raises(AssertionError, match="ZeroDivisionError"):
-            running(fails_case, seconds=10)
+            running(fails_case, seconds=60)

@@ -1,4 +1,4 @@
-"""Scaled losses and automatic mixed precision: norms are of the loss before scaling, `.grad` is as the scaler wants it."""
+"""Scaled losses and automatic mixed precision: norms are of the loss before scaling, `.grad` as the scaler wants it."""
 
 from __future__ import annotations
 

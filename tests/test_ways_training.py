@@ -130,7 +130,7 @@ def test_training(case, call):
 @every_call
 def test_statistics_only_while_weights_change(call):
     """`param_grads=False`, and an optimizer that steps by gradients from elsewhere."""
-    model, px = net(), None
+    model = net()
     with perex.attach(model, param_grads=False) as px:
         for step in range(3):
             x, y = batch(step)

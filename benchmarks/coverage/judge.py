@@ -249,6 +249,7 @@ def by_opacus(model: nn.Module, inputs: Inputs, loss: Loss) -> Norms:
     if not torch.allclose(losses, expected, rtol=1e-6, atol=1e-9):
         raise RuntimeError("in training mode, which Opacus needs, the model computes something else")
     losses.sum().backward()
+    wrapped.get_norm_sample()  # raises where the norms are not of one batch
     return {name: p._norm_sample.square() for name, p in tracked(model).items()}
 
 

@@ -27,10 +27,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import opacus.grad_sample  # noqa: E402, F401  imported here once for all forks, as some of transformers below
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import transformers.generation  # noqa: E402
-import transformers.models.bert.modeling_bert  # noqa: E402  what every model imports, once for all forks
+import transformers.models.bert.modeling_bert  # noqa: E402
 import transformers.models.llama.modeling_llama  # noqa: E402
 from fixes import CONFIG  # noqa: E402
 from inputs import Inputs, attempts, padded  # noqa: E402

@@ -109,14 +109,10 @@ class Record:
         tensor = tensor.detach()
         if isinstance(held, Single):
             return {held.example: tensor.clone()} if held.example in self.examples else {}
-        own = held.among(self.examples, self.batch) if held.owners is not None else None
         found = {}
-        for place, b in enumerate(self.examples):
-            if own is not None:
-                index = (own.ids(self.batch) == place).nonzero().flatten().to(tensor.device)
-                found[b] = tensor.index_select(held.dim, index)
-            else:
-                found[b] = held.rows(tensor, self.batch)[b].clone()
+        for b in self.examples:
+            own = (held.ids(self.batch) == b).nonzero().flatten()
+            found[b] = tensor.index_select(held.dim, own.to(tensor.device))
         return {b: rows for b, rows in found.items() if rows.numel()}
 
     def met(self, call: Call, results: Sequence[Tensor], axes: Sequence[Held]) -> None:
@@ -184,7 +180,9 @@ class Replay(TorchFunctionMode):
         recorded = self.drawn.popleft()
         for tensor, seen in zip(tensors_in(*args, kwargs), recorded.given, strict=False):
             rows = seen.rows.get(self.example)
-            if not in_place(func) and rows is not None and rows.is_floating_point() and not close(rows, tensor.detach()):
+            if in_place(func) or rows is None or not rows.is_floating_point():
+                continue
+            if not close(rows, tensor.detach()):
                 self.differs.append(seen)
         out = func(*args, **kwargs)
         for tensor, drawn in zip(tensors_in(out), recorded.rows, strict=False):

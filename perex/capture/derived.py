@@ -60,7 +60,7 @@ def place_of(shared: Shared) -> Place | None:
         return None
     if tensor.is_conj() or tensor.is_neg() or not once_each(tensor.shape, tensor.stride()):
         return None
-    offset = tensor.storage_offset() - stand_in.storage_offset()
+    offset = int(tensor.storage_offset()) - int(stand_in.storage_offset())
     return Place(stand_in.shape, tuple(tensor.shape), tensor.stride(), offset)
 
 

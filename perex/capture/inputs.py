@@ -34,8 +34,8 @@ def batch_size(inputs: Sequence[Tensor], batch_dim: int) -> int | None:
 def counts_of(tensor: Tensor, rows: int) -> Tensor | None:
     """How many of `rows` packed rows belong to each example, if integers say so.
 
-    They are offsets from 0 to `rows`, lengths that add up to `rows`, or sizes (of a grid of patches, say) whose products
-    do: `(B + 1,)`, `(B,)` or `(B, k)`.
+    They are offsets from 0 to `rows`, lengths that add up to `rows`, or sizes (of a grid of patches, say) whose
+    products do: `(B + 1,)`, `(B,)` or `(B, k)`.
     """
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or not 1 <= tensor.dim() <= 2:
         return None

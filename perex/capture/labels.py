@@ -313,7 +313,7 @@ def place_in(view: Tensor, base: Tensor) -> tuple[list[int | None], list[int]] |
     by_stride = {base.stride(d): d for d in range(base.dim()) if base.size(d) > 1}
     if len(by_stride) != sum(size > 1 for size in base.shape):
         return None
-    rest = view.storage_offset() - base.storage_offset()
+    rest = int(view.storage_offset()) - int(base.storage_offset())
     starts = [0] * base.dim()
     for stride in sorted(by_stride, reverse=True):
         starts[by_stride[stride]], rest = divmod(rest, stride)

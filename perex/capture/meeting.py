@@ -98,6 +98,7 @@ class Meeting:
     def returned(self, tensor: Tensor, axis: Held) -> Tensor:
         """Tap an output of the model that derives from parameters alone, as one whose rows are the examples'."""
         source, rule = self.labels.source(tensor), OPERATORS[returned]
+        assert source is not None
         call = self.record(returned, rule, (Ref(0),), {}, [tensor], {"value": source}, [axis])
         value = self.labels.stand_in(tensor)
         value = returned(value if self.labels.parameters.param_grads else value.detach())

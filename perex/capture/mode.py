@@ -237,7 +237,9 @@ class Capture(TorchFunctionMode):
             raise self.refuse.taken_out(label, func)
         if isinstance(label, Lost):
             self.counted = label
-        own = isinstance(label, Single) and (self.forward.batch == 1 or not args[0].is_floating_point())  # a length, say
+        own = isinstance(label, Single) and (
+            self.forward.batch == 1 or not args[0].is_floating_point()
+        )  # a length, say
         if isinstance(label, (Axis, Single, Lost)) and not own:
             self.doubtful(func.__name__, label if isinstance(label, Lost) else Lost("counted", "examples leave torch"))
         return func(*args, **kwargs)

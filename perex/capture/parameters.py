@@ -214,9 +214,9 @@ class Parameters:
             return entry.parameter
         if is_shard(entry.parameter):
             raise UnsupportedError(
-                f"parameter '{entry.name}' is a shard (DTensor) where the forward uses it, as in tensor parallelism: no "
-                "process has whole gradients. perex follows fully_shard (FSDP2), which gathers a parameter before its "
-                "module runs: call the module that was sharded, not its parts"
+                f"parameter '{entry.name}' is a shard (DTensor) where the forward uses it, as in tensor parallelism: "
+                "no process has whole gradients. perex follows fully_shard (FSDP2), which gathers a parameter before "
+                "its module runs: call the module that was sharded, not its parts"
             )
         if entry.stand_in is None or not stands_in(entry.stand_in, entry):
             if self.param_grads:
@@ -244,7 +244,10 @@ class Parameters:
         handle = entry.parameter.register_hook(arrived)
         hooks = entry.parameter._backward_hooks
         assert hooks is not None
-        hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+        others = [(key, hook) for key, hook in hooks.items() if key != handle.id]
+        for key, _ in others:  # autograd goes by the order of insertion, which `move_to_end` leaves as it is
+            del hooks[key]
+        hooks.update(others)
         return handle
 
     def unwatch(self, entry: Entry) -> None:

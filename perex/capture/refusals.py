@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from perex.capture.axis import Label, Lost
 from perex.capture.forward import Forward
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
@@ -40,17 +38,17 @@ class Refusals:
         """The error for a value of which perex cannot say whose it is, if a loss depends on it."""
         if label.kind in ("mixed", "refused"):
             return ExamplesMixError(
-                f"In {self.place(label.where)}, {label.why}. Examples of a batch must not influence each other, or none has "
-                "a gradient of its own."
+                f"In {self.place(label.where)}, {label.why}. Examples of a batch must not influence each other, or none "
+                "has a gradient of its own."
             )
         if label.kind == "unknown":
             return UnsupportedError(
-                f"In {self.place(label.where)}, {label.why}, so perex cannot tell the examples apart, and the loss depends on "
-                "it. Rewrite that step, or do it outside the model's forward."
+                f"In {self.place(label.where)}, {label.why}, so perex cannot tell the examples apart, and the loss "
+                "depends on it. Rewrite that step, or do it outside the model's forward."
             )
         return ExamplesMixError(
-            f"In {self.place(label.where)}, {label.why}. The loss depends on it, so it is no sum or mean of a loss of each "
-            "example: compute one loss an example, and run `px.backward(losses)`"
+            f"In {self.place(label.where)}, {label.why}. The loss depends on it, so it is no sum or mean of a loss of "
+            "each example: compute one loss an example, and run `px.backward(losses)`"
         )
 
     def taken_out(self, label: Lost, func: Any) -> PerexError:
@@ -78,9 +76,9 @@ class Refusals:
         kind = ExamplesMixError if label.kind != "unknown" else UnsupportedError
         name = getattr(func, "__name__", str(func))
         return kind(
-            f"In {self.place(label.where)}, {label.why}. So perex cannot tell the examples apart in what {self.place()} "
-            f"uses together with a tracked parameter, in `{name}`. Leave the parameter out with `params=`, or rewrite "
-            "that step."
+            f"In {self.place(label.where)}, {label.why}. So perex cannot tell the examples apart in what "
+            f"{self.place()} uses together with a tracked parameter, in `{name}`. Leave the parameter out with "
+            "`params=`, or rewrite that step."
         )
 
     def unsupported(self, func: Any, why: str) -> PerexError:

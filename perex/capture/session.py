@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from perex.capture.alone import Record, replay
+from perex.capture.auditor import Auditor
 from perex.capture.axis import Axis, Held, Lost, Single
 from perex.capture.checks import check_model, compiling, learns_graph, refuse_batch_statistics, run_eagerly
 from perex.capture.forward import Forward, Receiver
@@ -27,13 +27,10 @@ from perex.capture.mode import Capture
 from perex.capture.nest import map_tensors, tensors_of
 from perex.capture.parameters import Parameters, Selection, Shared
 from perex.capture.sharding import EXIT, Exit, is_managed, leave_last, refuse_flat
-from perex.errors import AttachError, ExamplesMixError, UnsupportedError
+from perex.errors import AttachError, UnsupportedError
 from perex.rules.registry import module_rule_for
 
 _sessions = itertools.count()
-
-ALL, FEW = 8, 4
-"""Of a batch of up to 8, all examples are run alone to check it; of a larger one, 4 from end to end."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -91,9 +88,7 @@ class Session:
         self.thread = threading.get_ident()
         self.caller: FrameType | None = None
         self.closed = False
-        self.alone = False  # whether examples of a batch are being run alone
-        self.audited: set[object] = set()  # inputs of which shapes have been checked that way
-        self.unasked: set[object] = set()  # and of which nobody asked for it
+        self.auditor = Auditor()
         self.parameters = Parameters(model, params, param_grads, untapped)
         try:
             self.undo = hook(model, self.enter, self.leave)
@@ -107,7 +102,7 @@ class Session:
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a module's forward."""
-        if self.alone:
+        if self.auditor.running:
             return
         if compiling():
             name = f"module '{path}'" if path else "the model"
@@ -129,8 +124,9 @@ class Session:
             return
         elif not self.parameters.param_grads and learns_graph(module):
             raise AttachError(
-                "DistributedDataParallel(static_graph=True) learns in its first backward which parameters get gradients, "
-                "and with param_grads=False none does: train one step first, or call the model inside, `ddp.module`"
+                "DistributedDataParallel(static_graph=True) learns in its first backward which parameters get "
+                "gradients, and with param_grads=False none does: train one step first, or call the model inside, "
+                "`ddp.module`"
             )
         elif torch.jit.is_tracing():
             raise AttachError("the model is being traced while perex is attached: detach first")
@@ -152,7 +148,7 @@ class Session:
     def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """After a module's forward, also when it raised; may replace what it returned."""
         other_thread = threading.get_ident() != self.thread
-        if self.alone or not self.running or other_thread or not self.frames or self.frames[-1].path != path:
+        if self.auditor.running or not self.running or other_thread or not self.frames or self.frames[-1].path != path:
             return None
         frame = self.frames[-1]
         capture = self.capture
@@ -211,8 +207,11 @@ class Session:
         if goes_on or recomputed:
             capture.record = capture.forward.record = None
         elif batch > 1:
-            capture.record = capture.forward.record = self.recorded(capture, module, args, kwargs)
-        several = sorted({tensor.size(self.batch_dim) for tensor in inputs if tensor.dim() > self.batch_dim} - {1})
+            capture.record = capture.forward.record = self.auditor.record(
+                capture.labels, capture.forward, module, args, kwargs, self.parameters
+            )
+        unlike = [t for t in inputs if t.dim() > self.batch_dim and capture.labels.of(t) is None]
+        several = sorted({batch, *(tensor.size(self.batch_dim) for tensor in unlike)} - {1})
         capture.ambiguous = f"sizes {several}" if len(several) > 1 else None
         frame.begins = True
         self.frames = [frame]
@@ -245,63 +244,6 @@ class Session:
             restore()
             capture.labels.clean()
             self.capture, self.running, self.frames, self.caller = before
-
-    def recorded(
-        self, capture: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Record | None:
-        """A record for running some examples of this batch alone, if its inputs have shapes that are new."""
-        forward, labels = capture.forward, capture.labels
-        forward.shapes = tuple((tuple(t.shape), t.dtype) for t in capture.inputs), module.training
-        if self.parameters.sharded:  # every process would have to run as many, and they have batches of their own
-            return None
-        if forward.shapes in self.audited or forward.shapes in self.unasked:
-            return None
-        last = forward.batch - 1
-        examples = range(forward.batch) if last < ALL else [last * place // (FEW - 1) for place in range(FEW)]
-
-        def of(example: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            def row(tensor: Tensor) -> Tensor:
-                axis = labels.of(tensor)
-                if not isinstance(axis, Axis):
-                    return tensor
-                rows = (axis.ids(forward.batch) == example).nonzero().flatten()
-                return tensor.detach().index_select(axis.dim, rows.to(tensor.device))
-
-            return map_tensors(row, args), map_tensors(row, kwargs)
-
-        shared = [t for t in capture.inputs if labels.of(t) is None and t.dim() and t.size(0) > 1]
-        inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
-        record = Record(tuple(examples), forward.batch, inner, of, sure=not shared)
-        record.versions = self.parameters.versions()
-        return record
-
-    def audit(self, forward: Forward) -> None:
-        """Run a few examples of a forward alone, where that was prepared; raise if one of them gets something else."""
-        record, forward.record = forward.record, None
-        if record is None:
-            self.unasked.discard(forward.shapes)
-            if forward.doubt is not None and forward.shapes not in self.audited:
-                raise UnsupportedError(f"{forward.doubt}. That takes a forward of its own: call the model again first")
-            return
-        self.audited.add(forward.shapes)
-        self.alone = True
-        try:
-            seen = replay(record, self.parameters)
-        except Exception as error:
-            if forward.doubt is not None:
-                raise UnsupportedError(f"{forward.doubt}; but alone, the model raises {error!r}") from error
-            return
-        finally:
-            self.alone = False
-        if seen is not None and (record.sure or forward.doubt is not None):
-            self.audited.discard(forward.shapes)
-            place = f"In module '{seen.where}'" if seen.where else "In the model's output"
-            raise ExamplesMixError(
-                f"{place}, an example gets something else when it is alone in the batch. So examples influence each "
-                "other there or in a step before it that perex cannot follow (numbers that leave torch, a branch on the "
-                "batch's values, compiled code), and none has a gradient of its own. If that is an effect of rounding, "
-                "attach(..., audit=False) does without this check"
-            )
 
     def end(self) -> None:
         """The outermost module has returned."""
@@ -363,7 +305,7 @@ class Session:
                 return tensor
             if capture.forward.batch == 1 or tensor.size(self.batch_dim) != capture.forward.batch:
                 return tensor
-            lost = Lost("counted", "an output derives from parameters alone, and has as many rows as there are examples")
+            lost = Lost("counted", "an output derives from parameters alone, with as many rows as there are examples")
             capture.doubtful("return", lost)
             with torch._C.DisableTorchFunction():
                 return capture.meeting.returned(tensor, Axis(self.batch_dim))

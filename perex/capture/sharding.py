@@ -33,11 +33,11 @@ def is_managed(module: nn.Module) -> bool:
 
 
 def refuse_flat(model: nn.Module, parameters: Iterable[Tensor] = ()) -> None:
-    """Refuse `FullyShardedDataParallel`, whose parameters are pieces of a flat one: what is managed, but not sharded."""
+    """Refuse `FullyShardedDataParallel`, whose parameters are pieces of a flat one: managed, but not sharded."""
     if not any(map(is_shard, parameters)) and not any(hasattr(type(m), "_get_fsdp_state") for m in model.modules()):
         raise AttachError(
-            "the model is run by FullyShardedDataParallel, which replaces parameters by pieces of a flat one that perex "
-            "cannot tell apart: use torch.distributed.fsdp.fully_shard, and attach to the module that was sharded"
+            "the model is run by FullyShardedDataParallel, which replaces parameters by pieces of a flat one that "
+            "perex cannot tell apart: use torch.distributed.fsdp.fully_shard, and attach to the module that was sharded"
         )
 
 

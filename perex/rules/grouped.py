@@ -1,4 +1,4 @@
-r"""Products of groups of rows with a weight each: $y_r = x_r W_{e(r)}$, as experts make of the tokens routed to them."""
+r"""Products of groups of rows with a weight each: $y_r = x_r W_{e(r)}$, as experts make of their tokens."""
 
 from __future__ import annotations
 
@@ -37,8 +37,12 @@ def grouped_mm(captured: Captured) -> dict[str, Factor]:
             place = Place(weight, size, stride, expert * weight[1] * weight[2])
             parts.append(Part(of_rows(x[start:stop], grads[start:stop], own[start:stop], batch, weight), place))
     if not parts:
-        parts.append(Part(Outer(grads.new_zeros(batch, 0, weight[1]), grads.new_zeros(batch, 0, weight[2]),
-                                torch.Size(size)), Place(weight, size, stride, 0)))
+        parts.append(
+            Part(
+                Outer(grads.new_zeros(batch, 0, weight[1]), grads.new_zeros(batch, 0, weight[2]), torch.Size(size)),
+                Place(weight, size, stride, 0),
+            )
+        )
     return {"mat_b": Total(parts)}
 
 

@@ -5,6 +5,6 @@ result: an `Axis`, or a `Lost` with the reason. A result that perex cannot be su
 add its name to the family that treats it rightly, or write a handler beside its kin.
 """
 
-from perex.capture.families import elementwise, layers, losses, products, trials, views
+from perex.capture.families import elementwise, indexing, layers, losses, products, trials, views
 
-__all__ = ["elementwise", "layers", "losses", "products", "trials", "views"]
+__all__ = ["elementwise", "indexing", "layers", "losses", "products", "trials", "views"]

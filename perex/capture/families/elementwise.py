@@ -62,10 +62,10 @@ def looked_up(op: Operation) -> Label:
     """Each element of one argument looked up in another that is the same for all examples."""
     x = op.arg(1, "input") if op.name == "searchsorted" else op.arg(0, "input", op.kwargs.get("elements"))
     table = op.arg(0, "sorted_sequence") if op.name == "searchsorted" else None
-    if table is not None and op.axis(table) is not None:  # a row of the table for each row of x
-        same = op.axis(x) == op.axis(table) and op.axis(x) is not None and x.dim() - 1 != op.axis(x).dim
-        return op.axis(x) if same else op.mixed()
-    return op.axis(x) if op.axis(x) is not None and op.only(x) else op.mixed("looks examples up among each other")
+    axis = op.axis(x)
+    if axis is not None and table is not None and op.axis(table) is not None:  # a row of the table for each row of x
+        return axis if axis == op.axis(table) and x.dim() - 1 != axis.dim else op.mixed()
+    return axis if axis is not None and op.only(x) else op.mixed("looks examples up among each other")
 
 
 @family("to type type_as")

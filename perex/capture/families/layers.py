@@ -78,7 +78,7 @@ DECIDES.add(embedding_bag)  # bags are examples, whatever the ids are
 
 
 @family(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d interpolate upsample grid_sample "
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d interpolate upsample "
     "pixel_shuffle pixel_unshuffle channel_shuffle fold affine_grid local_response_norm group_norm instance_norm"
 )
 def image(op: Operation) -> Label:
@@ -86,11 +86,23 @@ def image(op: Operation) -> Label:
     x: Tensor = op.args[0] if op.args else op.kwargs["input"]
     if op.name.startswith("conv") and x.dim() != int(op.name[-2]) + 2:
         return op.mixed("works on one image, and finds the batch axis inside it")
-    if not op.only(x, op.arg(1, "grid") if op.name == "grid_sample" else None):
+    if not op.only(x):
         return op.mixed("has a weight that differs between examples")
     axes = {axis for _, axis in op.batched()}
     axis = axes.pop()
     return axis if not axes and axis.dim == 0 else op.mixed()
+
+
+@family("grid_sample")
+def grid_sample(op: Operation) -> Label:
+    """Images `(N, C, ...)` read at `(N, *positions, 2)`: each position reads its own image, or the one for all."""
+    x, grid = op.arg(0, "input"), op.arg(1, "grid")
+    read, positions = op.axis(x), op.axis(grid)
+    if not op.only(x, grid) or read is not None and read.dim != 0:
+        return op.mixed()
+    if positions is None or positions.dim == 0:
+        return op.agreed(axis for axis in (read, positions) if axis is not None)
+    return op.mixed("reads images of several examples") if read is not None else positions.moved(positions.dim + 1)
 
 
 FAMILIES[torch.nn.functional.unfold] = image
@@ -237,8 +249,8 @@ def unpack(op: Operation) -> list[Label]:
     return [arranged(0 if op.arg(2, "batch_first") else 1, first, op.batch), arranged(0, first, op.batch)]
 
 
-FAMILIES[torch._VF._pack_padded_sequence] = pack  # type: ignore[attr-defined]
-FAMILIES[torch._VF._pad_packed_sequence] = unpack  # type: ignore[attr-defined]
+FAMILIES[torch._VF._pack_padded_sequence] = pack
+FAMILIES[torch._VF._pad_packed_sequence] = unpack
 
 
 @family("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")

@@ -47,7 +47,11 @@ def uneven(op: Operation, axis: Axis) -> Label:
         return None
     if op.arg(2, "weight") is not None:
         return op.bent("averages over the batch by class weights, so an example's share depends on the others' classes")
-    if target.is_floating_point() or op.axis(target) not in (None, axis) or target.size(axis.dim) != axis.size(op.batch):
+    if (
+        target.is_floating_point()
+        or op.axis(target) not in (None, axis)
+        or target.size(axis.dim) != axis.size(op.batch)
+    ):
         return None
     counted = axis.front(target != op.kwargs.get("ignore_index", -100), op.batch).reshape(op.batch, -1).sum(1)
     if counted.numel() and bool((counted != counted[0]).any()):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from perex.capture.axis import NOBODY, Axis, Label, Single, arranged
 from perex.capture.carry import JOINS, TRY, Operation, family, tensors_in
-from perex.capture.families.views import by_row, one_owner
+from perex.capture.families.indexing import by_row, one_owner
 from perex.rules.call import pack, unpack
 
 FEW = 16
@@ -101,7 +101,9 @@ def same(own: Tensor, alone: Tensor) -> bool:
     if not own.is_floating_point() and not own.is_complex():
         return torch.equal(own, alone)
     precision = torch.finfo(own.dtype).eps
-    return torch.allclose(own, alone, rtol=precision**0.75, atol=precision * float(alone.abs().max() or 1), equal_nan=True)
+    return torch.allclose(
+        own, alone, rtol=precision**0.75, atol=precision * float(alone.abs().max() or 1), equal_nan=True
+    )
 
 
 TRY.append(tried)

@@ -1,0 +1,100 @@
+"""When a batch is checked by running a few of its examples alone, and what is said if they differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from perex.capture.alone import Record, replay
+from perex.capture.axis import Axis
+from perex.capture.forward import Forward
+from perex.capture.labels import Labels
+from perex.capture.nest import map_tensors, tensors_of
+from perex.capture.parameters import Parameters
+from perex.errors import ExamplesMixError, UnsupportedError
+
+ALL, FEW = 8, 4
+"""Of a batch of up to 8, all examples are run alone; of a larger one, 4 from end to end."""
+
+
+class Auditor:
+    """Remembers which batches have been checked: the first one, and each whose inputs have new shapes.
+
+    Attributes:
+        running: whether examples are being run alone now.
+        audited: inputs that have been checked, by their shapes.
+        unasked: inputs for which no losses were handed over, so that nobody asked.
+    """
+
+    def __init__(self) -> None:
+        self.running = False
+        self.audited: set[object] = set()
+        self.unasked: set[object] = set()
+
+    def record(
+        self,
+        labels: Labels,
+        forward: Forward,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        parameters: Parameters,
+    ) -> Record | None:
+        """A record for running some examples of this batch alone, if its inputs have shapes that are new."""
+        inputs = list(tensors_of((args, kwargs)))
+        forward.shapes = tuple((tuple(t.shape), t.dtype) for t in inputs), module.training
+        if parameters.sharded:  # every process would have to run as many, and they have batches of their own
+            return None
+        if forward.shapes in self.audited or forward.shapes in self.unasked:
+            return None
+        last = forward.batch - 1
+        examples = range(forward.batch) if last < ALL else [last * place // (FEW - 1) for place in range(FEW)]
+
+        def of(example: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            def rows(tensor: Tensor) -> Tensor:
+                axis = labels.of(tensor)
+                if not isinstance(axis, Axis):
+                    return tensor
+                own = (axis.ids(forward.batch) == example).nonzero().flatten()
+                return tensor.detach().index_select(axis.dim, own.to(tensor.device))
+
+            return map_tensors(rows, args), map_tensors(rows, kwargs)
+
+        shared = [t for t in inputs if labels.of(t) is None and t.dim() and t.size(0) > 1]
+        inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+        record = Record(tuple(examples), forward.batch, inner, of, sure=not shared)
+        record.versions = parameters.versions()
+        return record
+
+    def check(self, forward: Forward, parameters: Parameters) -> None:
+        """Run what was recorded of a forward, if anything was.
+
+        Raises:
+            ExamplesMixError: an example gets something else when it is alone.
+            UnsupportedError: that had to be seen, and could not.
+        """
+        record, forward.record = forward.record, None
+        if record is None:
+            self.unasked.discard(forward.shapes)
+            if forward.doubt is not None and forward.shapes not in self.audited:
+                raise UnsupportedError(f"{forward.doubt}. That takes a forward of its own: call the model again first")
+            return
+        self.running = True
+        try:
+            seen = replay(record, parameters)
+        except Exception as error:
+            if forward.doubt is not None:
+                raise UnsupportedError(f"{forward.doubt}; but alone, the model raises {error!r}") from error
+            seen = None  # it cannot be run on one example: labels alone have to vouch for it
+        finally:
+            self.running = False
+        if seen is not None and (record.sure or forward.doubt is not None):
+            place = f"In module '{seen.where}'" if seen.where else "In the model's output"
+            raise ExamplesMixError(
+                f"{place}, an example gets something else when it is alone in the batch. So examples influence each "
+                "other there or in a step before it that perex cannot follow (numbers that leave torch, a branch on "
+                "the batch's values, compiled code), and none has a gradient of its own. If that is an effect of "
+                "rounding, attach(..., audit=False) does without this check"
+            )
+        self.audited.add(forward.shapes)
