@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
+import perex
+
 B, T, D, E = 5, 4, 3, 3
 LOSSES = [way for way in WAYS if way.call == "losses"]
 
@@ -232,3 +234,60 @@ def test_rows_of_several_examples_are_refused(name):
     model = Bare(MIXED[name])
     model.layer = nn.Linear(D, D)
     refused(model, (data(B, T, D),))
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_packed_sequences_as_input_and_output(cell, is_sorted):
+    """The model takes packed sequences and returns them; losses are made of the unpacked ones."""
+    lengths = LENGTHS.sort(descending=True).values if is_sorted else LENGTHS
+    x = data(B, T, D)
+
+    class Padded(nn.Module):  # the oracle slices padded tensors: the attached module is the one inside
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = getattr(nn, cell)(D, 4, batch_first=True, num_layers=2, bidirectional=True)
+
+    model = Padded().double().rnn
+    expected = []
+    for b in range(B):
+        model.zero_grad()
+        out, _ = model(x[b : b + 1, : lengths[b]])
+        out.sin().sum().backward()
+        expected.append(sum(p.grad.square().sum() for p in model.parameters()).sqrt())
+    for call in ("loss", "losses"):
+        with perex.attach(model) as px:
+            out, _ = model(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=is_sorted))
+            losses = pad_packed_sequence(out, batch_first=True)[0].sin().sum((1, 2))
+            losses.mean().backward() if call == "loss" else px.backward(losses)
+        torch.testing.assert_close(px.norms(), torch.stack(expected))
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dropout_between_layers(cell, is_packed, batch_first):
+    """In training mode: the same outputs as torch's own, and the norms of the masks that were drawn."""
+    options = {"num_layers": 3, "bidirectional": True, "dropout": 0.5, "batch_first": batch_first}
+    model = getattr(nn, cell)(D, 4, **options).double().train()
+    x = data(B, T, D) if batch_first else data(T, B, D)
+    lengths = LENGTHS
+
+    def run() -> Tensor:
+        torch.manual_seed(5)
+        given = pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False) if is_packed else x
+        out, _ = model(given)
+        out = pad_packed_sequence(out, batch_first)[0] if is_packed else out
+        return out if batch_first else out.transpose(0, 1)
+
+    expected = []
+    for b in range(B):  # one example's loss of the whole batch: the masks are of the batch
+        model.zero_grad()
+        run()[b].sin().sum().backward()
+        expected.append(sum(p.grad.square().sum() for p in model.parameters()).sqrt())
+    plain = run()
+    with perex.attach(model, batch_dim=0 if batch_first else 1) as px:
+        out = run()
+        assert torch.equal(out, plain)
+        px.backward(out.sin().sum((1, 2)))
+    torch.testing.assert_close(px.norms(), torch.stack(expected))

@@ -57,7 +57,7 @@ class Inputs:
 def padded(inputs: Inputs) -> Inputs | None:
     """The same inputs with two tokens fewer in the middle example; None where there is no text."""
     ids, mask = inputs.tensors.get("input_ids"), inputs.tensors.get("attention_mask")
-    if ids is None or mask is None or mask.shape != ids.shape:
+    if ids is None or mask is None or mask.shape != ids.shape or ids.dim() != 2:
         return None
     shorter = mask.clone()
     shorter[BATCH // 2, -2:] = 0
@@ -228,7 +228,7 @@ class Maker:
             ids = torch.cat([ids[:, :2], piece.expand(BATCH, -1), ids[:, 2:]], 1)
         made["input_ids"] = ids
         if "attention_mask" in made:
-            made["attention_mask"] = torch.ones_like(ids)
+            made["attention_mask"] = torch.ones(ids.shape[:2], dtype=torch.long)
         if "mm_token_type_ids" in self.names and kinds:
             made["mm_token_type_ids"] = torch.zeros_like(ids)
             for number, (names, _) in enumerate(kinds):

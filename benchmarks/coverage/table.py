@@ -74,7 +74,9 @@ def summary(rows: list[Row]) -> str:
 
 
 PLAIN = {
-    r"In module '[^']*', |[Mm]odule '[^']*'": "",
+    r"In module '[^']*', |In the model's own forward, |[Mm]odule '[^']*'": "",
+    r" So perex cannot tell the examples apart in what .*": "",
+    r": whether an example gets something else in another batch cannot be seen from here.*": "",
     r"a tracked parameter is used by `\w+` together with a value whose examples perex cannot tell apart: ": "",
     r"a tensor derived from .*? got a gradient": "a tensor derived from parameters got a gradient",
     r" Leave the parameter out.*| Rewrite that step.*| Examples of a batch must not.*": "",

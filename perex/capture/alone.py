@@ -26,6 +26,7 @@ from perex.capture.labels import Labels, plain_name
 from perex.capture.nest import tensors_of
 from perex.capture.operators import body, composite, in_place
 from perex.capture.parameters import Entry, Parameters, Shared
+from perex.capture.rewrites import rewritten
 from perex.rules.call import Call
 from perex.rules.registry import OPERATORS
 
@@ -162,9 +163,12 @@ class Replay(TorchFunctionMode):
     ) -> Any:
         """Run one operator."""
         kwargs = kwargs or {}
-        if composite(func) and func not in OPERATORS and not draws(func, args, kwargs):
+        replacement = rewritten(func, args)
+        if replacement is None and composite(func) and func not in OPERATORS and not draws(func, args, kwargs):
+            replacement = body(func)
+        if replacement is not None:
             with self:
-                return body(func)(*args, **kwargs)
+                return replacement(*args, **kwargs)
         if self.drawn and self.drawn[0].name == plain_name(func) and draws(func, args, kwargs):
             return self.draw(func, args, kwargs)
         out = func(*args, **kwargs)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from perex.capture.axis import Axis, Held, Single, arranged
 
@@ -29,6 +31,24 @@ def batch_size(inputs: Sequence[Tensor], batch_dim: int) -> int | None:
         counts = next((found for t in candidates[1:] if (found := counts_of(t, batch)) is not None), None)
         batch = batch if counts is None else len(counts)
     return batch
+
+
+def packed_in(value: Any) -> Iterator[PackedSequence]:
+    """The packed sequences in what a module takes."""
+    if isinstance(value, PackedSequence):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from packed_in(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from packed_in(item)
+
+
+def packed_label(sequence: PackedSequence) -> Held | None:
+    """Whose each row of packed data is: at every step, the first `batch_sizes[t]` sequences, longest first."""
+    batch = int(sequence.batch_sizes[0])
+    order = torch.arange(batch) if sequence.sorted_indices is None else sequence.sorted_indices.cpu()
+    return arranged(0, torch.cat([order[:size] for size in sequence.batch_sizes.tolist()]), batch)
 
 
 def counts_of(tensor: Tensor, rows: int) -> Tensor | None:

@@ -140,7 +140,7 @@ class Capture(TorchFunctionMode):
         if composite(func) and func not in OPERATORS:
             with self:
                 return body(func)(*args, **kwargs)
-        replacement = rewritten(func, args) if kinds & SHARED else None
+        replacement = rewritten(func, args) if kinds & SHARED or self.record is not None else None
         if replacement is not None:
             with self:
                 return replacement(*args, **kwargs)

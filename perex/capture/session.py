@@ -22,7 +22,7 @@ from perex.capture.axis import Axis, Held, Lost, Single
 from perex.capture.checks import check_model, compiling, learns_graph, refuse_batch_statistics, run_eagerly
 from perex.capture.forward import Forward, Receiver
 from perex.capture.hooks import hook
-from perex.capture.inputs import batch_size, input_label
+from perex.capture.inputs import batch_size, input_label, packed_in, packed_label
 from perex.capture.mode import Capture
 from perex.capture.nest import map_tensors, tensors_of
 from perex.capture.parameters import Parameters, Selection, Shared
@@ -174,7 +174,8 @@ class Session:
     def begin(self, frame: Frame, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Begin a forward with the outermost module call, or go on with one whose outputs are its inputs."""
         inputs = [tensor for tensor in tensors_of((args, kwargs)) if not isinstance(tensor, nn.Parameter)]
-        batch = batch_size(inputs, self.batch_dim)
+        packed = list(packed_in((args, kwargs)))
+        batch = int(packed[0].batch_sizes[0]) if packed else batch_size(inputs, self.batch_dim)
         if batch is None:
             self.unseen = (
                 f"its inputs hold no tensor with a dimension {self.batch_dim}, where `batch_dim` says the examples are"
@@ -204,6 +205,11 @@ class Session:
         for tensor in inputs:
             known = outputs.get(id(tensor)) if goes_on else None
             capture.labels.mark(tensor, known or input_label(tensor, inputs, batch, self.batch_dim))
+        for sequence in packed:
+            for tensor in sequence[1:]:
+                if tensor is not None:
+                    capture.labels.mark(tensor, None)
+            capture.labels.mark(sequence.data, outputs.get(id(sequence.data)) or packed_label(sequence))
         if goes_on or recomputed:
             capture.record = capture.forward.record = None
         elif batch > 1:
@@ -212,7 +218,7 @@ class Session:
             )
         unlike = [t for t in inputs if t.dim() > self.batch_dim and capture.labels.of(t) is None]
         several = sorted({batch, *(tensor.size(self.batch_dim) for tensor in unlike)} - {1})
-        capture.ambiguous = f"sizes {several}" if len(several) > 1 else None
+        capture.ambiguous = f"sizes {several}" if len(several) > 1 and not packed else None
         frame.begins = True
         self.frames = [frame]
         self.caller = sys._getframe(3)  # of this function, `enter` and the hook: torch's call of the module
