@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from perex.capture.alone import Record, replay
 from perex.capture.axis import Axis
+from perex.capture.checks import run_eagerly
 from perex.capture.forward import Forward
 from perex.capture.labels import Labels
 from perex.capture.nest import map_tensors, tensors_of
@@ -78,9 +79,11 @@ class Auditor:
         if record is None:
             self.unasked.discard(forward.shapes)
             if forward.doubt is not None and forward.shapes not in self.audited:
-                raise UnsupportedError(f"{forward.doubt}. That takes a forward of its own: call the model again first")
+                way = "is not done under fully_shard, where all processes would have to run as many examples"
+                again = "takes a forward of its own: call the model again first"
+                raise UnsupportedError(f"{forward.doubt}. That {way if parameters.sharded else again}")
             return
-        self.running = True
+        self.running, restore = True, run_eagerly()
         try:
             seen = replay(record, parameters)
         except Exception as error:
@@ -88,6 +91,7 @@ class Auditor:
                 raise UnsupportedError(f"{forward.doubt}; but alone, the model raises {error!r}") from error
             seen = None  # it cannot be run on one example: labels alone have to vouch for it
         finally:
+            restore()
             self.running = False
         if seen is not None and (record.sure or forward.doubt is not None):
             place = f"In module '{seen.where}'" if seen.where else "In the model's output"

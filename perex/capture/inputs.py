@@ -88,14 +88,17 @@ def input_label(tensor: Tensor, inputs: Sequence[Tensor], batch: int, batch_dim:
 def of_positions(tensor: Tensor, first: Tensor, batch: int, batch_dim: int) -> bool:
     """Whether an input that could be of the examples is of positions, where a sequence is as long as the batch.
 
-    Integers `(T,)` beside a first input `(B, T, ...)` are taken for positions: should they be of the examples after
-    all, their rows are still matched where they are used. A square mask is one of positions if it is triangular.
+    Integers `(T,)` that count up by one are taken for positions beside a first input `(B, T)` of ids or `(B, T, ...)`:
+    should they be of the examples after all, their rows are still matched where they are used. A square mask is one
+    of positions if it is triangular.
     """
     others = [size for dim, size in enumerate(first.shape) if dim != batch_dim]
     if tensor is first or batch < 2 or batch not in others[:1]:
         return False
     if tensor.dim() == 1:
-        return not tensor.is_floating_point() and tensor.dtype != torch.bool
+        whole = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+        sequence = first.dim() > 2 or not first.is_floating_point()
+        return whole and sequence and bool((tensor.diff() == 1).all())
     if tensor.shape != (batch, batch):
         return False
     blocked = tensor if tensor.dtype == torch.bool else tensor == float("-inf")

@@ -38,8 +38,8 @@ class Refusals:
         """The error for a value of which perex cannot say whose it is, if a loss depends on it."""
         if label.kind in ("mixed", "refused"):
             return ExamplesMixError(
-                f"In {self.place(label.where)}, {label.why}. Examples of a batch must not influence each other, or none "
-                "has a gradient of its own."
+                f"In {self.place(label.where)}, {label.why}. Examples of a batch must not influence each other, or "
+                "none has a gradient of its own."
             )
         if label.kind == "unknown":
             return UnsupportedError(

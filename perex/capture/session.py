@@ -206,9 +206,9 @@ class Session:
             known = outputs.get(id(tensor)) if goes_on else None
             capture.labels.mark(tensor, known or input_label(tensor, inputs, batch, self.batch_dim))
         for sequence in packed:
-            for tensor in sequence[1:]:
-                if tensor is not None:
-                    capture.labels.mark(tensor, None)
+            for part in sequence[1:]:
+                if part is not None:
+                    capture.labels.mark(part, None)
             capture.labels.mark(sequence.data, outputs.get(id(sequence.data)) or packed_label(sequence))
         if goes_on or recomputed:
             capture.record = capture.forward.record = None

@@ -220,18 +220,19 @@ def cat(op: Operation) -> Label:
     """Side by side along a dimension; what is put beside examples and is none is nobody's."""
     parts = list(op.arg(0, "tensors"))
     dim = normal(op.arg(1, "dim", 0), result_tensor(op).dim())
-    axes = {axis for _, axis in op.batched()}
-    singles = [single for part in parts if isinstance(single := op.held(part), Single)]
+    full = [part for part in parts if part.numel()] or parts  # what is empty has nobody's rows
+    axes = {axis for part in full if (axis := op.axis(part)) is not None}
+    singles = [single for part in full if isinstance(single := op.held(part), Single)]
     if axes and not singles and all(axis.dim != dim for axis in axes):
         return op.agreed(axes)
     if any(axis.dim != dim for axis in axes):
         return op.mixed("pairs examples with each other")
     owners = []
-    for part in parts:
+    for part in full:
         held = op.held(part)
         if isinstance(held, Axis):
             owners.append(held.ids(op.batch))
-        elif part.numel() or part.dim() > 1:
+        else:
             owners.append(torch.full((part.size(dim),), held.example if isinstance(held, Single) else NOBODY))
     return arranged(dim, torch.cat(owners), op.batch)
 
