@@ -25,7 +25,9 @@ def batch_size(inputs: Sequence[Tensor], batch_dim: int) -> int | None:
     first = candidates[0]
     batch = first.size(batch_dim)
     if batch == 1:
-        rows = (t.size(batch_dim) for t in candidates if t.size(batch_dim) > 1 and t.dim() >= first.dim())
+        square = {first.shape[d : d + 1] * 2 for d in range(first.dim())}  # masks of positions, `(T, T)`
+        more = (t for t in candidates if t.dim() >= first.dim() and t.shape not in square)
+        rows = (t.size(batch_dim) for t in more if t.size(batch_dim) > 1)
         batch = next(rows, 1)
     if batch_dim == 0 and first.is_floating_point() and all(len(t) != batch for t in candidates if t is not first):
         counts = next((found for t in candidates[1:] if (found := counts_of(t, batch)) is not None), None)
