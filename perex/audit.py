@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from perex.capture.axis import Held
+from perex.capture.axis import Held, Single
 from perex.errors import ExamplesMixError
 
 
@@ -42,13 +42,15 @@ def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Held]], b
         for grad, once, (_, axis) in zip(pulled(losses, edges, weights.to(losses)), plain, outputs, strict=True):
             if grad is None or once is None or grad.numel() == 0:
                 continue
-            found = axis.front(grad, batch).reshape(batch, -1)
-            expected = axis.front(once, batch).reshape(batch, -1) * own.to(once).unsqueeze(1)
+            whose = slice(axis.example, axis.example + 1) if isinstance(axis, Single) else slice(0, batch)
+            found, single = (axis.front(part, batch) for part in (grad, once))
+            found, single = found.reshape(len(found), -1), single.reshape(len(found), -1)
+            expected = single * own[whose].to(once).unsqueeze(1)
             slack = 8 * torch.finfo(found.dtype).eps * expected.abs().amax(1, keepdim=True).nan_to_num()
             close = (found - expected).abs() <= slack
             same = close | (found == expected) | (found.isnan() & expected.isnan())
             if not bool(same.all()):
-                example = int((~same).any(1).nonzero()[0])
+                example = int((~same).any(1).nonzero()[0]) + (whose.start or 0)
                 raise ExamplesMixError(
                     f"losses: the losses of other examples depend on the model's output for example {example}, as in a "
                     "contrastive loss or one with statistics of the batch. Then no example has a gradient of its own: "

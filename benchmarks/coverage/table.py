@@ -169,7 +169,7 @@ def page(about: Row, rows: list[Row]) -> str:
     odd = [row for row in ran if row["gap"] > GAP]
     told = [row for row in ran if row["gap"] <= GAP]
     whole = [row for row in told if not row.get("part")]
-    head = ["model type", "class", "inputs", "perex", "pad", "train", "vmap", "Opacus"]
+    head = ["model type", "class", "inputs", "reached", "perex", "pad", "train", "vmap", "Opacus"]
     parts = [
         "# Coverage",
         filled(INTRO.format(**about, ran=len(ran))),
@@ -185,9 +185,13 @@ def page(about: Row, rows: list[Row]) -> str:
             1,
         ),
         "## One by one",
-        "A number is the worst relative error over parameters and examples. *pad*: with padding; *train*: in a "
+        "*reached*: how many of the parameters got a gradient. A number is the worst relative error over parameters and examples. *pad*: with padding; *train*: in a "
         "training step; *mixes*: with padding, the batch is not its examples.",
-        table(head, [[called(r), r["class"], names(r), *(cell(r, way) for way in WAYS)] for r in told], 3),
+        table(
+            head,
+            [[called(r), r["class"], names(r), f"{r['reached']:.0%}", *(cell(r, way) for way in WAYS)] for r in told],
+            3,
+        ),
         "## What was not run",
         f"{len(rows) - len(ran)} model types that the loop could not run here:",
         unrunnable([row for row in rows if "class" not in row]),
@@ -202,8 +206,9 @@ def page(about: Row, rows: list[Row]) -> str:
 
 
 def called(row: Row) -> str:
-    """A model type's name; whether it is a part of others."""
-    return row["type"] + (" (part)" if row.get("part") else "")
+    """A model type's name; whether it is a part of others, and how its experts are computed if not as by default."""
+    notes = ["part"] * bool(row.get("part")) + ["eager experts"] * ("experts" in row)
+    return row["type"] + (f" ({', '.join(notes)})" if notes else "")
 
 
 def names(row: Row) -> str:

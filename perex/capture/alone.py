@@ -156,6 +156,7 @@ class Replay(TorchFunctionMode):
         self.parameters = parameters
         self.met: dict[tuple[str, ...], deque[Tensor]] = defaultdict(deque)
         self.drawn = deque(record.draws)
+        self.short = False  # whether it drew something that it had not drawn in the batch
         self.differs: list[Seen] = []
 
     def __torch_function__(
@@ -169,8 +170,10 @@ class Replay(TorchFunctionMode):
         if replacement is not None:
             with self:
                 return replacement(*args, **kwargs)
-        if self.drawn and self.drawn[0].name == plain_name(func) and draws(func, args, kwargs):
-            return self.draw(func, args, kwargs)
+        if draws(func, args, kwargs):
+            if self.drawn and self.drawn[0].name == plain_name(func):
+                return self.draw(func, args, kwargs)
+            self.short = True
         out = func(*args, **kwargs)
         found = [self.parameters.entries.get(id(tensor)) for tensor in tensors_in(*args, kwargs)]
         key = tuple(sorted(entry.name for entry in found if entry is not None and entry.tracked))
@@ -229,6 +232,8 @@ def replay(record: Record, parameters: Parameters) -> Seen | None:
             np.random.set_state(record.state[1])
             with mode:
                 out = record.module(*args, **kwargs)
+        if mode.drawn or mode.short:
+            raise RuntimeError("it draws random numbers in another order when it is alone")
         here = [seen for seen in record.seen if b in seen.rows]
         times = Counter(seen.key for seen in here)
         matched = {key for key, count in times.items() if count == len(mode.met[key])}

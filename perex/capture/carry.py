@@ -179,6 +179,12 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         if lost.kind == "reduced" and not keeps_sums(operation):
             return Lost("bent", f"{lost.why}, and `{operation.name}` makes of the outcome what is no sum over examples")
         return lost
+    if single is not None and batched and operation.name in SIZED:
+        sizes = [t for t, label in operation.inputs if isinstance(label, Single)]
+        if not any(t.is_floating_point() for t in sizes):  # an example's own number says how long its piece is
+            operation.inputs = [(t, None if isinstance(label, Single) else label) for t, label in operation.inputs]
+            operation.doubt = Lost("counted", "an example's own number is a size")
+            single = None
     if single is not None and not batched:
         found = handler(operation) if handler in REFUSES else None
         return found if isinstance(found, Lost) and found.kind == "refused" else single
@@ -209,6 +215,10 @@ CHOOSES = frozenset(
     """.split()
 )
 """Operators of which an integer argument says what to pick, and enters no sum."""
+
+
+SIZED = frozenset("split split_with_sizes tensor_split narrow repeat_interleave".split())
+"""Operators of which integers say how long pieces are."""
 
 
 def counts(operation: Operation, lost: Lost) -> Lost:

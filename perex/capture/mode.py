@@ -140,7 +140,9 @@ class Capture(TorchFunctionMode):
         if composite(func) and func not in OPERATORS:
             with self:
                 return body(func)(*args, **kwargs)
-        replacement = rewritten(func, args) if kinds & SHARED or self.record is not None else None
+        replacement = None
+        if kinds & SHARED or self.record is not None:
+            replacement = rewritten(func, args, bool(kinds & SHARED))
         if replacement is not None:
             with self:
                 return replacement(*args, **kwargs)

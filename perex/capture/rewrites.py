@@ -63,10 +63,10 @@ def masked_gather(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     return torch.where(mask, source.reshape(-1)[numbers], x)
 
 
-def rewritten(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """What to run in place of an operator call, if anything."""
+def rewritten(func: Any, args: tuple[Any, ...], shared: bool = False) -> Callable[..., Any] | None:
+    """What to run in place of an operator call, if anything; `shared` where parameters are among the arguments."""
     if func in RECURRENT and has_dropout(args):
         return recurrent_layers(func)
-    if func in (torch.masked_scatter, Tensor.masked_scatter) and len(args) == 3:
+    if shared and func in (torch.masked_scatter, Tensor.masked_scatter) and len(args) == 3:
         return masked_gather
     return None
