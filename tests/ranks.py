@@ -70,7 +70,7 @@ class Ranks:
                 process.join()
         self.processes, self.connections = [], []
 
-    def __call__(self, function: Callable[..., Any], *arguments: Any, seconds: float = 20) -> list[Any]:
+    def __call__(self, function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> list[Any]:
         """What `function(rank, *arguments)` returns on each rank."""
         if not self.processes:
             self.start()
