@@ -120,7 +120,7 @@ class Tracker:
         self._pending: list[weakref.ref[Forward]] = []
         self._result: Result | None = None
         self._losses: int | None = None
-        self._session = Session(model, params, param_grads, batch_dim, self, self._began, self._untapped)
+        self._session = Session(model, params, param_grads, batch_dim, self, self._began, self._untapped, audit)
 
     # The contract
 
@@ -329,8 +329,10 @@ class Tracker:
         if result.losses is None:  # nobody will ask whether the examples do without each other
             self._session.auditor.unasked.add(forward.shapes)
             forward.record = None
-            if forward.doubt is not None:
-                result.refuse(UnsupportedError(forward.doubt))
+            if forward.error is not None:
+                result.refuse(forward.error)
+        if forward.asks is not None and (result.losses is None or not self._audit):
+            result.refuse(UnsupportedError(forward.asks))
         if forward.recomputed:
             result.refuse(
                 UnsupportedError(

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 import perex
 
 B = T = 4
-LOSSES = [way for way in WAYS if way.call == "losses"]
 
 
 class Encoder(nn.Module):
@@ -109,7 +108,7 @@ def test_parameters_written_into_a_constant():
 def test_an_output_of_parameters_alone_that_has_rows_of_the_examples():
     """Whether the loss of an example reads its own row only is for the losses to show."""
     model = Bare(lambda m, x: (x.sum(1) @ m.w, m.p[None].expand(len(x), -1, -1).sigmoid()), p="23", w="32")
-    check(model, (torch.randn(B, T, 3),), ways=LOSSES)
+    check(model, (torch.randn(B, T, 3),), ways=[way for way in WAYS if way.call == "losses"])
     assert exact_or_refused(model, (torch.randn(B, T, 3),)) == "exact or refused"
 
 

@@ -41,7 +41,8 @@ from torch import nn  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # noqa: E402
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 FAINT = 1e-8  # a squared norm below this is rounding: the model is saturated
 GAP = 1e-6  # from here on, a batch computes something else than its examples alone
 ALL = "perex,padded,training,vmap,opacus"
@@ -265,12 +266,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "class" in row or "class" not in rows.get(kind, {}):
             row = {**{k: v for k, v in rows.get(kind, {}).items() if k in ALL.split(",") and "class" in row}, **row}
         with options.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row).replace(f"{ROOT}/", "") + "\n")
         rows[kind] = row
         states = " ".join(f"{way} {status(row, way)}" for way in ways)
         print(f"{number}/{len(todo)} {kind} {states} {row['seconds']} s, {time.monotonic() - start:.0f} s", flush=True)
 
-    options.out.write_text("".join(json.dumps(row) + "\n" for row in [about, *rows.values()]))  # the latest of each
+    latest = "".join(json.dumps(row) + "\n" for row in [about, *rows.values()])
+    options.out.write_text(latest.replace(f"{ROOT}/", ""))
 
 
 if __name__ == "__main__":

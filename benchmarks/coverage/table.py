@@ -155,6 +155,11 @@ These models compute something else for a batch than for its examples one by one
 in the forward, or a result that depends on the batch. They are not counted above. Where perex gives numbers, they are
 compared with each loss's gradient in the graph of the whole batch.
 """
+LEGEND = """
+*reached*: how many of the parameters got a gradient; few, where a model was given text alone. A number is the worst
+relative error over parameters and examples. *pad*: with padding; *train*: in a training step; *mixes*: with padding,
+the batch is not its examples.
+"""
 
 
 def filled(text: str) -> str:
@@ -185,8 +190,7 @@ def page(about: Row, rows: list[Row]) -> str:
             1,
         ),
         "## One by one",
-        "*reached*: how many of the parameters got a gradient. A number is the worst relative error over parameters and examples. *pad*: with padding; *train*: in a "
-        "training step; *mixes*: with padding, the batch is not its examples.",
+        filled(LEGEND),
         table(
             head,
             [[called(r), r["class"], names(r), f"{r['reached']:.0%}", *(cell(r, way) for way in WAYS)] for r in told],

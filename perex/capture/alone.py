@@ -103,6 +103,8 @@ class Record:
         self.draws: list[Draw] = []
         self.outputs: list[Seen] = []
         self.versions: list[int] = []  # of the parameters before
+        kinds = {p.device.type for p in module.parameters()} | {"cpu"}
+        self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
         self.state = random.getstate(), np.random.get_state()
 
     def rows(self, tensor: Tensor, held: Held) -> Rows:
@@ -227,7 +229,9 @@ def replay(record: Record, parameters: Parameters) -> Seen | None:
     for b in record.examples:
         args, kwargs = record.inputs[b]
         mode = Replay(record, b, parameters)
-        with kept(record.module), torch.no_grad():
+        with kept(record.module), torch.no_grad(), contextlib.ExitStack() as casts:
+            for kind, dtype, enabled in record.autocast:
+                casts.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
             random.setstate(record.state[0])
             np.random.set_state(record.state[1])
             with mode:

@@ -13,7 +13,7 @@ from perex.capture.forward import Forward
 from perex.capture.labels import Labels
 from perex.capture.nest import map_tensors, tensors_of
 from perex.capture.parameters import Parameters
-from perex.errors import ExamplesMixError, UnsupportedError
+from perex.errors import ExamplesMixError, PerexError, UnsupportedError
 
 ALL, FEW = 8, 4
 """Of a batch of up to 8, all examples are run alone; of a larger one, 4 from end to end."""
@@ -22,13 +22,17 @@ ALL, FEW = 8, 4
 class Auditor:
     """Remembers which batches have been checked: the first one, and each whose inputs have new shapes.
 
+    Args:
+        enabled: whether to check at all.
+
     Attributes:
         running: whether examples are being run alone now.
         audited: inputs that have been checked, by their shapes.
         unasked: inputs for which no losses were handed over, so that nobody asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
         self.running = False
         self.audited: set[object] = set()
         self.unasked: set[object] = set()
@@ -45,6 +49,8 @@ class Auditor:
         """A record for running some examples of this batch alone, if its inputs have shapes that are new."""
         inputs = list(tensors_of((args, kwargs)))
         forward.shapes = tuple((tuple(t.shape), t.dtype) for t in inputs), module.training
+        if not self.enabled:
+            return None
         if parameters.sharded:  # every process would have to run as many, and they have batches of their own
             return None
         if forward.shapes in self.audited or forward.shapes in self.unasked:
@@ -68,6 +74,14 @@ class Auditor:
         record.versions = parameters.versions()
         return record
 
+    def settle(self, forward: Forward, parameters: Parameters) -> None:
+        """Check a forward that leaves a doubt as soon as it is over, and remember what was found."""
+        if self.enabled and forward.doubt is not None and not forward.recomputed:
+            try:
+                self.check(forward, parameters)
+            except PerexError as error:
+                forward.error = error
+
     def check(self, forward: Forward, parameters: Parameters) -> None:
         """Run what was recorded of a forward, if anything was.
 
@@ -75,12 +89,14 @@ class Auditor:
             ExamplesMixError: an example gets something else when it is alone.
             UnsupportedError: that had to be seen, and could not.
         """
+        if forward.error is not None:
+            raise forward.error
         record, forward.record = forward.record, None
         if record is None:
             self.unasked.discard(forward.shapes)
             if forward.doubt is not None and forward.shapes not in self.audited:
-                way = "is not done under fully_shard, where all processes would have to run as many examples"
-                again = "takes a forward of its own: call the model again first"
+                way = "is not done under fully_shard, where all processes would have to run as many"
+                again = "is done with a batch of these shapes from the next forward on: call the model again"
                 raise UnsupportedError(f"{forward.doubt}. That {way if parameters.sharded else again}")
             return
         self.running, restore = True, run_eagerly()

@@ -73,6 +73,8 @@ class Forward:
         sentinel: an input of all taps that requires grad. It is not a leaf, so that its node tells whether a
             backward is restricted to some inputs (`torch.autograd.grad`).
         record: what is needed to run some examples alone, where that is to be done.
+        error: what that run has shown, if anything.
+        asks: what only a backward of each example's loss can tell, if there is such a thing.
         shapes: tells inputs of one kind from others.
         doubt: why a run of some examples alone has to show that they do not depend on the others, if it has to.
     """
@@ -89,6 +91,8 @@ class Forward:
         self.uses: Counter[Entry] = Counter()
         self.doubt: str | None = None
         self.record: Record | None = None
+        self.error: PerexError | None = None
+        self.asks: str | None = None
         self.shapes: object = None
         self.paths: list[Use] = []
         self.places: dict[int, Use] = {}

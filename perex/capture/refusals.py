@@ -62,8 +62,7 @@ class Refusals:
         """What is open after a number over several examples had a say in what the examples get."""
         return (
             f"In {self.place()}, {lost.why}, and `{name}` makes use of that: whether an example gets something else in "
-            "another batch cannot be seen from here. `px.backward(losses)`, with one loss an example, runs a few of "
-            "the examples alone to find out"
+            "another batch shows only when examples are run alone"
         )
 
     def when_differentiated(self, forward: Forward, label: Lost) -> Callable[[], None]:

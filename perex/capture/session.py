@@ -57,6 +57,7 @@ class Session:
         receiver: who gets what backwards bring.
         began: called with each new forward.
         untapped: called with the name of a parameter whose gradient came from an unseen use.
+        audit: whether to check batches by running some of their examples alone.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Session:
         receiver: Receiver,
         began: Callable[[Forward], None],
         untapped: Callable[[str], None],
+        audit: bool,
     ) -> None:
         check_model(model)
         self.key = f"_perex_{next(_sessions)}"
@@ -88,7 +90,7 @@ class Session:
         self.thread = threading.get_ident()
         self.caller: FrameType | None = None
         self.closed = False
-        self.auditor = Auditor()
+        self.auditor = Auditor(audit)
         self.parameters = Parameters(model, params, param_grads, untapped)
         try:
             self.undo = hook(model, self.enter, self.leave)
@@ -169,6 +171,8 @@ class Session:
             self.frames.pop()
             if frame.begins:
                 self.end()
+        if frame.begins and capture is not None and out is not None:
+            self.auditor.settle(capture.forward, self.parameters)
         return result
 
     def begin(self, frame: Frame, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -311,8 +315,10 @@ class Session:
                 return tensor
             if capture.forward.batch == 1 or tensor.size(self.batch_dim) != capture.forward.batch:
                 return tensor
-            lost = Lost("counted", "an output derives from parameters alone, with as many rows as there are examples")
-            capture.doubtful("return", lost)
+            capture.forward.asks = (
+                "an output of the model derives from parameters alone, and has as many rows as there are examples: "
+                "whether each example's loss reads its own row only, `px.backward(losses)` can tell"
+            )
             with torch._C.DisableTorchFunction():
                 return capture.meeting.returned(tensor, Axis(self.batch_dim))
 
