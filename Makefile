@@ -8,10 +8,10 @@ PY      := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint types demo clean
+.PHONY: help setup test lint types demo coverage clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY)  ## make .venv with the package and what development needs (a minute or two, once)
 
@@ -36,6 +36,10 @@ types: $(READY)  ## check types
 
 demo: $(READY)  ## train on 500 real MNIST images, score 4,500 more, show what the scores are good for
 	$(PY) examples/mnist.py $(ARGS)
+
+coverage: $(READY)  ## run perex, vmap and Opacus on hundreds of architectures, into docs/coverage.md (half an hour)
+	$(PY) benchmarks/coverage/run.py $(ARGS)
+	$(PY) benchmarks/coverage/table.py $$(ls benchmarks/results/coverage-*.jsonl | tail -n 1)
 
 clean:  ## remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out *.egg-info

@@ -187,3 +187,14 @@ def test_score_can_do_without():
     with pytest.raises(perex.PerexError):
         perex.score(model, pool, loss, batch_size=3)
     assert len(perex.score(model, pool, loss, batch_size=3, audit=False)) == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_repeated(dtype):
+    """The backward comes after the context, as torch advises; the examples alone run in it all the same."""
+    model = net(lambda m, x: m.second(m.first(x).relu())).float()
+    with perex.attach(model) as px:
+        with torch.autocast("cpu", dtype):
+            losses = model(data(B, T, D).float()).sin().sum((1, 2))
+        px.backward(losses)
+        assert px.norms().shape == (B,)
