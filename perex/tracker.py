@@ -327,7 +327,7 @@ class Tracker:
         if self._session.running and not forward.recomputed:
             result.refuse(NotReadyError("the last backward ran inside the model's forward: nothing to read from it"))
         if result.losses is None:  # nobody will ask whether the examples do without each other
-            self._session.auditor.unasked.add(forward.shapes)
+            self._session.auditor.wanted = forward.doubt is not None
             forward.record = None
             if forward.error is not None:
                 result.refuse(forward.error)

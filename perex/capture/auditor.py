@@ -15,8 +15,8 @@ from perex.capture.nest import map_tensors, tensors_of
 from perex.capture.parameters import Parameters
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
 
-ALL, FEW = 8, 4
-"""Of a batch of up to 8, all examples are run alone; of a larger one, 4 from end to end."""
+ALL, FEW, LATER = 8, 4, 2
+"""Of a first batch of up to 8, all examples are run alone; of a larger one, 4 from end to end; of later ones, 2."""
 
 
 class Auditor:
@@ -28,14 +28,14 @@ class Auditor:
     Attributes:
         running: whether examples are being run alone now.
         audited: inputs that have been checked, by their shapes.
-        unasked: inputs for which no losses were handed over, so that nobody asked.
+        wanted: whether to record: not where losses are never handed over, and no forward leaves a doubt.
     """
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self.running = False
         self.audited: set[object] = set()
-        self.unasked: set[object] = set()
+        self.wanted = True
 
     def record(
         self,
@@ -49,14 +49,14 @@ class Auditor:
         """A record for running some examples of this batch alone, if its inputs have shapes that are new."""
         inputs = list(tensors_of((args, kwargs)))
         forward.shapes = tuple((tuple(t.shape), t.dtype) for t in inputs), module.training
-        if not self.enabled:
+        if not self.enabled or not self.wanted or forward.shapes in self.audited:
             return None
         if parameters.sharded:  # every process would have to run as many, and they have batches of their own
             return None
-        if forward.shapes in self.audited or forward.shapes in self.unasked:
-            return None
-        last = forward.batch - 1
-        examples = range(forward.batch) if last < ALL else [last * place // (FEW - 1) for place in range(FEW)]
+        last, few = forward.batch - 1, LATER if self.audited else FEW
+        examples = [last * place // (few - 1) for place in range(few)]
+        if last < ALL and not self.audited or last < few:
+            examples = list(range(forward.batch))
 
         def of(example: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
             def rows(tensor: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Auditor:
 
         shared = [t for t in inputs if labels.of(t) is None and t.dim() and t.size(0) > 1]
         inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
-        record = Record(tuple(examples), forward.batch, inner, of, sure=not shared)
+        record = Record(examples, forward.batch, inner, of, sure=not shared)
         record.versions = parameters.versions()
         return record
 
@@ -93,7 +93,7 @@ class Auditor:
             raise forward.error
         record, forward.record = forward.record, None
         if record is None:
-            self.unasked.discard(forward.shapes)
+            self.wanted = True
             if forward.doubt is not None and forward.shapes not in self.audited:
                 way = "is not done under fully_shard, where all processes would have to run as many"
                 again = "is done with a batch of these shapes from the next forward on: call the model again"
