@@ -216,6 +216,13 @@ def test_a_list_of_sequences():
     check(model, (data(B, T, D), LENGTHS))
 
 
+def test_outputs_in_another_order():
+    """Row i is of another example than i: whose loss it has, a sum of all losses does not show."""
+    model = Bare(lambda m, x: m.layer(x[order(x)]))
+    model.layer = nn.Linear(D, D)
+    refused(model, (data(B, T, D),), match="order|losses of other examples")
+
+
 MIXED = {
     "another's row": lambda m, x: m.layer(x) + x[torch.tensor([1, 0, 2, 3, 4])],
     "a sum over two": lambda m, x: m.layer(x[:2].sum(0))[None].expand(x.shape) + x,

@@ -342,8 +342,15 @@ class Session:
         self.outputs = []
         edges: list[tuple[GradientEdge, Held]] = []
         self.edges = [*self.edges[-1:], (capture.forward.number, edges)]
+        packed = {id(sequence.data) for sequence in packed_in(out)}
         for tensor in tensors_of(out):
             label = capture.labels.of(tensor)
+            if isinstance(label, Axis) and label.owners is not None and id(tensor) not in packed:
+                if bool((label.owners.ids.diff() < 0).any()):
+                    capture.forward.asks = (
+                        "the rows of an output of the model are in another order than the examples: whether each has "
+                        "the loss of its own example, `px.backward(losses)` can tell"
+                    )
             if capture.forward.record is not None:
                 capture.forward.record.returned(tensor, capture.labels.batch_label(tensor))
             audited = not self.parameters.sharded or tensor.grad_fn is not None and tensor.grad_fn.name() == EXIT
