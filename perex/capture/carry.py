@@ -173,7 +173,11 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         if not batched and single is None:
             return counts(operation, lost)
         lost = chooses(operation, lost)
+    adds = operation.name in ("add", "sub") and operation.results and operation.results[0].dim() == 0
     if lost is not None:
+        if lost.kind == "reduced" and single is not None and not any(isinstance(x, Axis) for _, x in operation.inputs):
+            if adds:  # one loss after the other is added up
+                return lost
         if lost.kind in ("reduced", "bent") and (batched or single is not None):
             return Lost("mixed", f"{lost.why}, and `{operation.name}` gives the outcome back to every example")
         if lost.kind == "reduced" and not keeps_sums(operation):
@@ -188,6 +192,8 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
     if single is not None and not batched:
         found = handler(operation) if handler in REFUSES else None
         return found if isinstance(found, Lost) and found.kind == "refused" else single
+    if single is not None and adds and not operation.batched():
+        return operation.reduced()
     if single is not None and handler not in JOINS:
         return operation.mixed("pairs examples with each other")
     if not batched and handler not in DECIDES:

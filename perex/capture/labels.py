@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perex.capture.axis import NOBODY, Axis, Held, Label, Lost, Single, agreed, arranged
+from perex.capture.axis import NOBODY, Axis, Held, Label, Lost, Single, agreed, placed
 from perex.capture.carry import COUNTS, Operation, carry, known, tensors_in
 from perex.capture.parameters import Entry, Parameters, Shared, Source
 from perex.rules.registry import OPERATORS
@@ -139,7 +139,7 @@ class Labels:
         if bool(((owners[rows] != NOBODY) & (owners[rows] != ids)).any()):
             return lost
         owners[rows] = ids
-        return arranged(dim, owners, self.batch)
+        return placed(dim, owners, self.batch)
 
     def clean(self) -> None:
         """Take the labels off all tensors that are still alive."""
@@ -302,7 +302,7 @@ class Labels:
         if bool(((taken != NOBODY) & (taken != writers)).any()):
             return None
         owners[rows] = writers
-        return arranged(dim, owners, self.batch) if bool((owners[rows] == writers).all()) else None
+        return placed(dim, owners, self.batch) if bool((owners[rows] == writers).all()) else None
 
 
 def place_in(view: Tensor, base: Tensor) -> tuple[list[int | None], list[int]] | None:

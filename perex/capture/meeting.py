@@ -16,7 +16,6 @@ from perex.capture.labels import Labels
 from perex.capture.parameters import Source
 from perex.capture.refusals import Refusals
 from perex.capture.taps import Poison, Tap
-from perex.errors import PerexError
 from perex.rules.broadcast import returned
 from perex.rules.call import Call, Ref, pack, unpack
 from perex.rules.general import GENERAL
@@ -65,7 +64,10 @@ class Meeting:
             if not isinstance(label, (Axis, Single)):
                 lost = label or Lost("unknown", f"`{func.__name__}` of examples has a result without a batch axis")
                 lost = self.refuse.placed(lost)
-                return self.poisoned(func, args, kwargs, lost, self.refuse.lost(lost, func))
+                call = self.record(func, rule, packed_args, packed_kwargs, tensors, slots, [])
+                kept = range(len(tensors)) if rule is GENERAL else call.kept
+                saved = [values[i] if sources[i] is None else values[i].detach() for i in kept]
+                return self.poisoned(func, args, kwargs, lost, saved)
             out_axes.append(label)
         self.refuse.random(func, args, kwargs)
         call = self.record(func, rule, packed_args, packed_kwargs, tensors, slots, out_axes)
@@ -79,7 +81,9 @@ class Meeting:
                     call.rows[index] = axis
         return self.tap(call, out, [values[i] if sources[i] is None else values[i].detach() for i in call.kept])
 
-    def poisoned(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: Lost, error: PerexError) -> Any:
+    def poisoned(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: Lost, saved: list[Tensor]
+    ) -> Any:
         """Run an operator on parameters and rows that are no one example's: an error if the loss depends on it."""
         tensors: list[Tensor] = []
         template = pack((args, kwargs), tensors)
@@ -89,8 +93,9 @@ class Meeting:
         template = pack(out, produced)
         if not produced:
             produced = list(out)
-        passes = self.labels.parameters.param_grads
-        results = [Poison.apply(self.forward, error, passes, t) if t.requires_grad else t for t in produced]
+        run_recomputation_in(self.recomputing)
+        error, passes = self.refuse.lost(label, func), self.labels.parameters.param_grads
+        results = Poison.apply(self.forward, error, passes, saved, *produced)
         for tensor in results:
             self.labels.mark(tensor, label)
         return type(out)(results) if template is out else unpack(template, results)

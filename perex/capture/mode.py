@@ -197,7 +197,7 @@ class Capture(TorchFunctionMode):
                     if not any(mark is label and source.requires_grad for source, mark in marks):  # hooked already
                         self.watch(tensor, label)
             if not (in_place(func) and args and tensor is args[0]):
-                mark = CONSTANT if label is None and tensor.grad_fn is not None else label
+                mark = CONSTANT if label is None and (tensor.grad_fn is not None or tensor._base is not None) else label
                 whole = not tensor.is_floating_point()
                 self.labels.mark(tensor, mark, whole and self.labels.from_real(plain_name(func), marks))
             elif label != before:

@@ -236,7 +236,8 @@ class Session:
     def recomputing(self, forward: Forward, args: tuple[Any, ...]) -> Iterator[None]:
         """Run a checkpoint of `forward` again, with taps that save what the first ones did.
 
-        Where the examples are in its arguments is found by size: no gradient depends on it, only what is saved.
+        Whose a row is does not matter any more: no gradient depends on it, only what is saved. So its arguments are
+        taken for one example's, but for those that are constants.
         """
         again = Forward(-1, self.receiver, forward.batch, forward.path, forward.tracked)
         capture = Capture(self.parameters, again, self.key, self.where, self.recomputing)
@@ -244,9 +245,8 @@ class Session:
         restore = run_eagerly()
         self.capture, self.running, self.frames, self.caller = capture, True, [], None
         for tensor in tensors_of(args):
-            axis = input_label(tensor, [tensor], forward.batch, self.batch_dim)
-            dims = [dim for dim, size in enumerate(tensor.shape) if size == forward.batch]
-            capture.labels.mark(tensor, axis or (capture.labels.plain(dims[0]) if dims else None))
+            if tensor.requires_grad or forward.batch in tensor.shape:
+                capture.labels.mark(tensor, Single(0))
         try:
             with capture:
                 yield
@@ -343,6 +343,12 @@ class Session:
         edges: list[tuple[GradientEdge, Held]] = []
         self.edges = [*self.edges[-1:], (capture.forward.number, edges)]
         packed = {id(sequence.data) for sequence in packed_in(out)}
+        singles = {label.example for t in tensors_of(out) if isinstance(label := capture.labels.of(t), Single)}
+        if singles and len(singles) < capture.forward.batch:
+            capture.forward.asks = (
+                "an output of the model is of one example, and not every example has one: whether only that example's "
+                "loss reads it, `px.backward(losses)` can tell"
+            )
         for tensor in tensors_of(out):
             label = capture.labels.of(tensor)
             if isinstance(label, Axis) and label.owners is not None and id(tensor) not in packed:

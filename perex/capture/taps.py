@@ -131,19 +131,22 @@ class Poison(torch.autograd.Function):
     """Behind a use of a parameter whose rows belong to no one example: an error if the loss depends on it."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, forward: Forward, error: PerexError, passes: bool, result: Tensor) -> Tensor:
-        """Return the result's values."""
+    def forward(
+        ctx: FunctionCtx, forward: Forward, error: PerexError, passes: bool, saved: list[Tensor], *results: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return the results' values; what is saved is what a tap would save, for a checkpoint counts it."""
         ctx.found = forward, error, passes  # type: ignore[attr-defined]
+        ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        return result.detach()
+        return tuple(result.detach() for result in results)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None, None, Tensor | None]:
-        """Report the error; pass the gradient on where the user wants gradients."""
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """Report the error; pass the gradients on where the user wants gradients."""
         forward, error, passes = ctx.found
-        if grad is not None:
+        if any(grad is not None for grad in grads):
             forward.refuse(error)
-        return None, None, None, grad if passes else None
+        return None, None, None, None, *(grad if passes else None for grad in grads)
 
 
 def identity(grad: Tensor) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perex.capture.axis import NOBODY, Axis, Label, Lost, Owners, Single, arranged
+from perex.capture.axis import NOBODY, Axis, Label, Lost, Owners, Single, arranged, placed
 from perex.capture.carry import JOINS, Operation, family, normal, result_tensor
 from perex.capture.families.elementwise import aligned
 
@@ -196,7 +196,7 @@ def routed(op: Operation, dim: int) -> Label:
     after[rows] = torch.where(claims == NOBODY, after[rows], claims)
     if bool(((after[rows] != claims) & (claims != NOBODY)).any()):
         return op.mixed("puts rows of several examples into one")
-    return arranged(dim, after, op.batch)
+    return placed(dim, after, op.batch)
 
 
 def owners_of(op: Operation, index: Tensor, place: Tensor, dim: int) -> Tensor | None:
