@@ -356,6 +356,11 @@ class Tracker:
                     forward.made(call, entry, own)
                     result.add(forward, entry, own)
 
+    def summed(self, error: PerexError) -> None:
+        """A sum over the batch got a gradient, which no loss of one example gives it."""
+        if self._losses is not None and self._losses > 1:
+            self.refuse(error)
+
     def refuse(self, error: PerexError) -> None:
         """The running backward's numbers would be wrong: keep the reason for whoever reads them."""
         self._open(None).refuse(error)

@@ -83,7 +83,6 @@ class Record:
         batch: number of examples in the batch, B.
         module: the module whose call it is.
         inputs: its `(args, kwargs)` for an example alone.
-        sure: whether every input has its rows of examples, or is one that all share for certain.
     """
 
     def __init__(
@@ -92,13 +91,11 @@ class Record:
         batch: int,
         module: nn.Module,
         inputs: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]],
-        sure: bool,
     ) -> None:
         self.examples = examples
         self.batch = batch
         self.module = module
         self.inputs = {b: inputs(b) for b in examples}
-        self.sure = sure
         self.seen: list[Seen] = []
         self.draws: list[Draw] = []
         self.outputs: list[Seen] = []

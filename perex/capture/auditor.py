@@ -15,8 +15,9 @@ from perex.capture.nest import map_tensors, tensors_of
 from perex.capture.parameters import Parameters
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
 
-ALL, FEW, LATER = 8, 4, 2
-"""Of a first batch of up to 8, all examples are run alone; of a larger one, 4 from end to end; of later ones, 2."""
+ALL, MANY, FEW, LATER = 16, 8, 4, 2
+"""Of a first batch in doubt, all examples are run alone if there are up to 16, and 8 of more; without a doubt, 4. Of
+later batches of other shapes, or in doubt again, 2, others each time."""
 
 
 class Auditor:
@@ -28,6 +29,7 @@ class Auditor:
     Attributes:
         running: whether examples are being run alone now.
         audited: inputs that have been checked, by their shapes.
+        strong: whether a forward left more than a weak doubt: then every one is looked at.
         wanted: whether to record: not where losses are never handed over, and no forward leaves a doubt.
     """
 
@@ -36,6 +38,7 @@ class Auditor:
         self.running = False
         self.audited: set[object] = set()
         self.wanted = True
+        self.strong = False
 
     def record(
         self,
@@ -49,14 +52,15 @@ class Auditor:
         """A record for running some examples of this batch alone, if its inputs have shapes that are new."""
         inputs = list(tensors_of((args, kwargs)))
         forward.shapes = tuple((tuple(t.shape), t.dtype) for t in inputs), module.training
-        if not self.enabled or not self.wanted or forward.shapes in self.audited:
+        if not self.enabled or parameters.sharded:  # then every process would have to run as many
             return None
-        if parameters.sharded:  # every process would have to run as many, and they have batches of their own
+        if not self.strong and (not self.wanted or forward.shapes in self.audited):
             return None
-        last, few = forward.batch - 1, LATER if self.audited else FEW
-        examples = [last * place // (few - 1) for place in range(few)]
-        if last < ALL and not self.audited or last < few:
-            examples = list(range(forward.batch))
+        batch = forward.batch
+        if self.audited:  # others each time
+            examples = sorted({(forward.number + place * batch // LATER) % batch for place in range(LATER)})
+        else:
+            examples = list(range(batch)) if batch <= ALL else [(batch - 1) * k // (MANY - 1) for k in range(MANY)]
 
         def of(example: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
             def rows(tensor: Tensor) -> Tensor:
@@ -68,9 +72,8 @@ class Auditor:
 
             return map_tensors(rows, args), map_tensors(rows, kwargs)
 
-        shared = [t for t in inputs if labels.of(t) is None and t.dim() and t.size(0) > 1]
         inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
-        record = Record(examples, forward.batch, inner, of, sure=not shared)
+        record = Record(examples, forward.batch, inner, of)
         record.versions = parameters.versions()
         return record
 
@@ -91,14 +94,21 @@ class Auditor:
         """
         if forward.error is not None:
             raise forward.error
+        if forward.settled:
+            return
         record, forward.record = forward.record, None
         if record is None:
             self.wanted = True
-            if forward.doubt is not None and forward.shapes not in self.audited:
+            if forward.doubt is not None and (not forward.weak or forward.shapes not in self.audited):
+                self.strong = self.strong or not forward.weak
                 way = "is not done under fully_shard, where all processes would have to run as many"
                 again = "is done with a batch of these shapes from the next forward on: call the model again"
                 raise UnsupportedError(f"{forward.doubt}. That {way if parameters.sharded else again}")
             return
+        self.strong = self.strong or forward.doubt is not None and not forward.weak
+        if forward.doubt is None and len(record.examples) > FEW:
+            last = len(record.examples) - 1
+            record.examples = [record.examples[last * k // (FEW - 1)] for k in range(FEW)]
         self.running, restore = True, run_eagerly()
         try:
             seen = replay(record, parameters)
@@ -109,7 +119,7 @@ class Auditor:
         finally:
             restore()
             self.running = False
-        if seen is not None and (record.sure or forward.doubt is not None):
+        if seen is not None:
             place = f"In module '{seen.where}'" if seen.where else "In the model's output"
             raise ExamplesMixError(
                 f"{place}, an example gets something else when it is alone in the batch. So examples influence each "
@@ -118,3 +128,4 @@ class Auditor:
                 "rounding, attach(..., audit=False) does without this check"
             )
         self.audited.add(forward.shapes)
+        forward.settled = True

@@ -202,7 +202,14 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         return TRY[0](operation) or operation.unknown("is an operator perex does not know")
     try:
         return handler(operation)
-    except (IndexError, KeyError, ValueError, TypeError, AttributeError):  # a form of the call it was not made for
+    except (
+        IndexError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ):  # a form of the call it was not made for
         return TRY[0](operation) or operation.unknown("is called in a form that perex does not follow")
 
 

@@ -29,6 +29,9 @@ class Receiver(Protocol):
     def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """An output gradient of a call has arrived."""
 
+    def summed(self, error: PerexError) -> None:
+        """The running backward goes through a sum over the batch."""
+
     def refuse(self, error: PerexError) -> None:
         """The running backward shows that its numbers would be wrong."""
 
@@ -72,6 +75,8 @@ class Forward:
         paths: for reports, each call, in order.
         sentinel: an input of all taps that requires grad. It is not a leaf, so that its node tells whether a
             backward is restricted to some inputs (`torch.autograd.grad`).
+        weak: whether that is a doubt which ordinary code leaves.
+        settled: whether that run has shown it already.
         record: what is needed to run some examples alone, where that is to be done.
         error: what that run has shown, if anything.
         asks: what only a backward of each example's loss can tell, if there is such a thing.
@@ -90,6 +95,8 @@ class Forward:
         self.tracked = tracked
         self.uses: Counter[Entry] = Counter()
         self.doubt: str | None = None
+        self.weak = False
+        self.settled = False
         self.record: Record | None = None
         self.error: PerexError | None = None
         self.asks: str | None = None
@@ -130,6 +137,10 @@ class Forward:
     def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Hand on what a tap got."""
         self.receiver.receive(call, saved, grads)
+
+    def summed(self, error: PerexError) -> None:
+        """A sum over the batch got a gradient: right for the loss of a batch, and wrong for losses of examples."""
+        self.receiver.summed(error)
 
     def refuse(self, error: PerexError) -> None:
         """Hand on why the running backward's numbers would be wrong."""

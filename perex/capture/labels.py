@@ -22,6 +22,11 @@ that perex saw. What is counted is an integer or truth value over several exampl
 
 UNMARKED = (None, None, False)
 
+SIZED_BY_VALUE = frozenset(
+    "nonzero argwhere masked_select unique unique_consecutive pad_sequence _pad_packed_sequence sort argsort".split()
+)
+"""Operators that tell something of the whole batch by the size or the order of their result."""
+
 CHECKS = ("isnan", "isinf", "isfinite")
 
 CONSTANT = "constant"
@@ -51,7 +56,7 @@ class Labels:
         key: str,
         number: int,
         batch: int,
-        doubtful: Callable[[str, Lost], None] = lambda name, lost: None,
+        doubtful: Callable[..., None] = lambda name, lost, weak=False: None,
     ) -> None:
         self.parameters = parameters
         self.key = key
@@ -61,11 +66,14 @@ class Labels:
         self.marked: list[weakref.ref[Tensor]] = []
         self.derived: dict[Entry, Tensor] = {}  # what derived tensors were made of, over the whole forward
         self.rewritten = False  # whether one of them was changed in place
+        self.spoiled: dict[int, tuple[Lost, Tensor]] = {}  # memory into which a mixture of examples was written
         self.blanks: dict[int, weakref.ref[Tensor]] = {}  # made like a batch, but nothing of it is in them yet
 
     def of(self, tensor: Tensor) -> Mark:
         """The label of a tensor in this forward."""
         number, label, _ = getattr(tensor, self.key, UNMARKED)
+        if self.spoiled and not isinstance(label, Lost) and (found := self.spoiled.get(memory(tensor))):
+            return found[0]
         if number == self.number:
             return label
         base = tensor._base  # a view taken before examples were written into what it is a view of
@@ -97,6 +105,11 @@ class Labels:
             setattr(tensor, self.key, (self.number, label, real))
         elif hasattr(tensor, self.key):
             delattr(tensor, self.key)
+
+    def spoil(self, tensor: Tensor, label: Lost) -> None:
+        """Remember a mixture of examples written into memory that other tensors may share: views, `x.detach()`."""
+        if tensor.layout == torch.strided:
+            self.spoiled[memory(tensor)] = label, tensor
 
     def blank(self, tensor: Tensor) -> bool:
         """Whether a tensor was made like a batch (`zeros_like`), and holds nothing of it yet; asked once."""
@@ -148,6 +161,7 @@ class Labels:
             if tensor is not None:
                 self.mark(tensor, None)
         self.marked.clear()
+        self.spoiled.clear()
 
     def kind(self, tensor: Tensor, label: Mark) -> int:
         """One of the kinds above for a tensor with this label, or 0 for a constant."""
@@ -212,6 +226,8 @@ class Labels:
             found = carry(operation, func)
         if operation.doubt is not None:
             self.doubtful(operation.name, operation.doubt)
+        if operation.name in SIZED_BY_VALUE and self.batch > 1:
+            self.doubtful(operation.name, Lost("counted", "the size of a result depends on values"), weak=True)
         labels = found if isinstance(found, list) else [found] * len(produced)
         return [self.checked(tensor, label, operation) for tensor, label in zip(produced, labels, strict=True)]
 
@@ -303,6 +319,11 @@ class Labels:
             return None
         owners[rows] = writers
         return placed(dim, owners, self.batch) if bool((owners[rows] == writers).all()) else None
+
+
+def memory(tensor: Tensor) -> int:
+    """Where a tensor's storage begins."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else -1
 
 
 def place_in(view: Tensor, base: Tensor) -> tuple[list[int | None], list[int]] | None:

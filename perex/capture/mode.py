@@ -193,7 +193,7 @@ class Capture(TorchFunctionMode):
                 if isinstance(label, Lost):
                     label = self.refuse.placed(label)
                 self.refuse.mixed(label)
-                if isinstance(label, Lost) and label.kind != "reduced" and tensor.requires_grad:
+                if isinstance(label, Lost) and tensor.requires_grad:
                     if not any(mark is label and source.requires_grad for source, mark in marks):  # hooked already
                         self.watch(tensor, label)
             if not (in_place(func) and args and tensor is args[0]):
@@ -202,11 +202,15 @@ class Capture(TorchFunctionMode):
                 self.labels.mark(tensor, mark, whole and self.labels.from_real(plain_name(func), marks))
             elif label != before:
                 self.labels.rewrite(tensor, label)
+            if isinstance(label, Lost) and label.kind not in ("reduced", *COUNTS) and in_place(func):
+                self.labels.spoil(tensor, label)
         return out
 
-    def watch(self, tensor: Tensor, label: Lost) -> None:
+    def watch(self, tensor: Tensor, label: Lost, always: bool = False) -> None:
         """Make it an error if a loss depends on a tensor of which perex cannot say whose it is."""
         refuse = self.refuse.when_differentiated(self.forward, label)
+        if label.kind == "reduced" and not always:  # as a loss of the batch is, but none of one example
+            refuse = partial(self.forward.summed, self.refuse.error(label))
         if tensor.grad_fn is None:
             tensor.register_hook(lambda grad: refuse())
             return
@@ -239,25 +243,32 @@ class Capture(TorchFunctionMode):
             raise self.refuse.taken_out(label, func)
         if isinstance(label, Lost):
             self.counted = label
-        own = isinstance(label, Single) and (
-            self.forward.batch == 1 or not args[0].is_floating_point()
-        )  # a length, say
-        if isinstance(label, (Axis, Single, Lost)) and not own:
-            self.doubtful(func.__name__, label if isinstance(label, Lost) else Lost("counted", "examples leave torch"))
+        if isinstance(label, (Axis, Single, Lost)):
+            lost = label if isinstance(label, Lost) else Lost("counted", "examples leave torch")
+            self.doubtful(func.__name__, lost, weak=isinstance(label, Single) and not args[0].is_floating_point())
         return func(*args, **kwargs)
 
     def branch(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let Python decide on a truth value; one made of the real numbers of several examples is remembered."""
         for tensor in tensors_in(*args):
             label = self.labels.of(tensor)
-            if isinstance(label, Lost) and label.kind != "counted":
-                self.doubtful(func.__name__, label)
+            if isinstance(label, Lost):
+                self.doubtful(func.__name__, label, weak=label.kind == "counted")
+            elif isinstance(label, (Axis, Single)):
+                lost = Lost("counted", "Python branches on values of examples")
+                self.doubtful(func.__name__, lost, weak=not self.labels.real(tensor))
         return func(*args, **kwargs)
 
-    def doubtful(self, name: str, lost: Lost) -> None:
-        """Remember that numbers over the batch may have decided what an example gets."""
-        if self.forward.doubt is None:
-            self.forward.doubt = self.refuse.doubt(name, lost)
+    def doubtful(self, name: str, lost: Lost, weak: bool = False) -> None:
+        """Remember that numbers over the batch may have decided what an example gets.
+
+        A weak doubt is one that ordinary code leaves, such as a look at a mask or a length: it is settled once for
+        inputs of some shapes, and any other in every forward.
+        """
+        if self.forward.batch == 1:
+            return
+        if self.forward.doubt is None or self.forward.weak and not weak:
+            self.forward.doubt, self.forward.weak = self.refuse.doubt(name, lost), weak
 
     def chosen(self, func: Operator, marks: list[tuple[Tensor, Mark]]) -> bool:
         """Whether counts only choose among parameters, as the experts that are called at all are chosen."""
@@ -365,8 +376,15 @@ class Capture(TorchFunctionMode):
         if any(not isinstance(label, Lost) or label.kind not in COUNTS for label in found):
             self.overwrite(target, before, self.labels.written(target, index, value))
         elif kinds & LOST or isinstance(before, Shared):
-            lost = self.labels.batch_label(value) if isinstance(value, Tensor) else None
-            self.overwrite(target, before, lost or Lost("unknown", "`__setitem__` writes what perex cannot follow"))
+            lost = before if isinstance(before, Lost) else self.labels.of(value)
+            unknown = Lost("unknown", "`__setitem__` writes what perex cannot follow")
+            self.overwrite(target, before, lost if isinstance(lost, Lost) else unknown)
+        elif kinds & COUNTED and isinstance(value, Tensor) and isinstance(count := self.labels.of(value), Lost):
+            if target.is_floating_point():
+                count = count._replace(kind="bent")
+            self.overwrite(target, before, count if before is None else self.labels.batch_label(target))
+            if before is not None:
+                self.doubtful("__setitem__", count)
         elif isinstance(value, Tensor) and self.labels.held(value) is not None:
             self.overwrite(target, before, self.labels.written(target, index, value))
 
@@ -378,6 +396,8 @@ class Capture(TorchFunctionMode):
             self.watch(target, label)
         if before is None or before != label:
             self.labels.rewrite(target, label)
+        if isinstance(label, Lost) and label.kind not in COUNTS:
+            self.labels.spoil(target, label)
 
     def write_where(self, target: Tensor, mask: Tensor, value: Tensor) -> None:
         """`target[mask] = value` with one value for all positions."""

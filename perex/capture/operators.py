@@ -13,7 +13,7 @@ from torch import Tensor
 from perex.capture.carry import FAMILIES
 
 METADATA = """
-    __contains__ __deepcopy__ __dir__ __dlpack_device__ __format__ __hash__
+    __deepcopy__ __dir__ __dlpack_device__ __format__ __hash__
     __len__ __reduce_ex__ __repr__ __setstate__
     _is_view _version backward data_ptr dense_dim dim dim_order element_size get_device has_names
     is_coalesced is_complex is_conj is_contiguous is_distributed is_floating_point is_inference is_neg
@@ -52,7 +52,7 @@ NUMBERS = frozenset(
 BRANCHES = frozenset(
     getattr(space, name)
     for space in (torch, Tensor)
-    for name in "__bool__ is_nonzero equal allclose".split()
+    for name in "__bool__ __contains__ is_nonzero equal allclose".split()
     if hasattr(space, name)
 )
 """Operators that give Python a truth value."""
@@ -68,6 +68,12 @@ DUNDERS = {
     "__idiv__": "div",
     "__ipow__": "pow",
     "__imod__": "remainder",
+    "__ifloordiv__": "floor_divide",
+    "__iand__": "bitwise_and",
+    "__ior__": "bitwise_or",
+    "__ixor__": "bitwise_xor",
+    "__ilshift__": "bitwise_left_shift",
+    "__irshift__": "bitwise_right_shift",
 }
 
 

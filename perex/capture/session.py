@@ -214,6 +214,13 @@ class Session:
                 if part is not None:
                     capture.labels.mark(part, None)
             capture.labels.mark(sequence.data, outputs.get(id(sequence.data)) or packed_label(sequence))
+        first = inputs[0]
+        rows = first.size(self.batch_dim) if first.dim() > self.batch_dim else batch
+        if rows not in (1, batch) and not packed and not goes_on:
+            capture.forward.asks = (
+                f"the first input has {rows} rows, and another one suggests {batch} examples: "
+                "`px.backward(losses)`, with one loss an example, can tell. Or hand the batch over first"
+            )
         if goes_on or recomputed:
             capture.record = capture.forward.record = None
         elif batch > 1:
@@ -245,7 +252,7 @@ class Session:
         restore = run_eagerly()
         self.capture, self.running, self.frames, self.caller = capture, True, [], None
         for tensor in tensors_of(args):
-            if tensor.requires_grad or forward.batch in tensor.shape:
+            if tensor.is_floating_point() or forward.batch in tensor.shape:
                 capture.labels.mark(tensor, Single(0))
         try:
             with capture:
@@ -343,6 +350,12 @@ class Session:
         edges: list[tuple[GradientEdge, Held]] = []
         self.edges = [*self.edges[-1:], (capture.forward.number, edges)]
         packed = {id(sequence.data) for sequence in packed_in(out)}
+        labels = [capture.labels.of(tensor) for tensor in tensors_of(out) if tensor.requires_grad]
+        if labels and not any(isinstance(label, (Axis, Single, Lost)) for label in labels):
+            capture.forward.asks = capture.forward.asks or (
+                "no output of the model has rows of the examples: is one of its inputs with as many rows the batch, or "
+                "something that all examples share? `px.backward(losses)`, with one loss an example, can tell"
+            )
         singles = {label.example for t in tensors_of(out) if isinstance(label := capture.labels.of(t), Single)}
         if singles and len(singles) < capture.forward.batch:
             capture.forward.asks = (
@@ -374,7 +387,7 @@ class Session:
                 continue
             if label.kind == "reduced" and (tensor.dim() or capture.counted is not None):
                 why = label if capture.counted is None else capture.counted
-                capture.watch(tensor, why)
+                capture.watch(tensor, why, always=True)
 
     def close(self) -> None:
         """Take everything off the model."""

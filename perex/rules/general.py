@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,18 +37,26 @@ def general(captured: Captured) -> dict[Any, Factor]:
     outputs = [k for k, grad in enumerate(captured.grads) if grad is not None]
     grads = [call.out_axes[k].rows(grad, batch) for k, grad in enumerate(captured.grads) if grad is not None]
 
+    def operator(own: dict[int, Tensor], *shared: Tensor) -> tuple[Tensor, ...]:
+        """The operator on one example's rows."""
+        tensors = {**fixed, **own, **dict(zip(wanted, shared, strict=True))}
+        args, kwargs = unpack(call.args, tensors), unpack(call.kwargs, tensors)  # type: ignore[arg-type]
+        produced = tensors_in(call.func(*args, **kwargs))
+        return tuple(produced[k] for k in outputs)
+
     def pulled_back(own: dict[int, Tensor], own_grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The gradients of one example, from its rows and its output gradients."""
-
-        def operator(*shared: Tensor) -> tuple[Tensor, ...]:
-            tensors = {**fixed, **own, **dict(zip(wanted, shared, strict=True))}
-            args, kwargs = unpack(call.args, tensors), unpack(call.kwargs, tensors)  # type: ignore[arg-type]
-            produced = tensors_in(call.func(*args, **kwargs))
-            return tuple(produced[k] for k in outputs)
-
         inputs = [own[i] if i in own else fixed[i] for i in wanted]
-        produced, vjp = torch.func.vjp(operator, *inputs)[:2]
+        produced, vjp = torch.func.vjp(partial(operator, own), *inputs)[:2]
         return vjp(tuple(g.to(y.dtype) for g, y in zip(own_grads, produced, strict=True)))
+
+    def by_autograd(own: dict[int, Tensor], own_grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The same for an operator that torch.func cannot see into, such as one from a library."""
+        inputs = [(own[i] if i in own else fixed[i]).detach().requires_grad_() for i in wanted]
+        produced = operator(own, *inputs)
+        return torch.autograd.grad(
+            produced, inputs, [g.to(y.dtype) for g, y in zip(own_grads, produced, strict=True)], materialize_grads=True
+        )
 
     try:
         with torch.enable_grad(), warnings.catch_warnings():  # without grad, an LSTM keeps no workspace
@@ -56,7 +65,7 @@ def general(captured: Captured) -> dict[Any, Factor]:
             found = torch.func.vmap(pulled_back)(rows, grads)
     except (RuntimeError, ValueError, NotImplementedError):
         with torch.enable_grad():
-            each = [pulled_back({i: r[b] for i, r in rows.items()}, [g[b] for g in grads]) for b in range(batch)]
+            each = [by_autograd({i: r[b] for i, r in rows.items()}, [g[b] for g in grads]) for b in range(batch)]
         found = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
     factors: dict[Any, Factor] = {}
     for index, values in zip(wanted, found, strict=True):

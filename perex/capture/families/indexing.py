@@ -37,7 +37,10 @@ def indexed(op: Operation, source: Tensor, index: Any) -> Label:
     block of dimensions, at the place of the first when they are neighbours and in front otherwise.
     """
     entries = list(index) if isinstance(index, tuple) else [index]
-    entries = [torch.as_tensor(e) if isinstance(e, (list, range)) else e for e in entries]
+    if any(isinstance(e, bool) for e in entries):
+        return op.unknown("picks by a truth value")
+    known = (int, slice, Tensor, type(None), type(Ellipsis))
+    entries = [e if isinstance(e, known) else torch.as_tensor(e) for e in entries]
     entries = [int(e) if isinstance(e, Tensor) and single_number(op, e) else e for e in entries]
     labels = {id(e): op.axis(e) for e in entries if isinstance(e, Tensor)}
     for at, entry in reversed(list(enumerate(entries))):  # a mask stands for the positions at which it is true

@@ -25,6 +25,8 @@ def moves(op: Operation) -> Label | list[Label]:
     """Operators that only move elements: run on whose each element is, they say whose each element of a result is."""
     tensors: list[Tensor] = []
     args, kwargs = pack((op.args, op.kwargs), tensors)
+    if op.name == "as_strided" and not (tensors[0].is_contiguous() and tensors[0].storage_offset() == 0):
+        return op.unknown("reads memory that other tensors share")
     numbers = [owners(op, tensor) for tensor in tensors]
     with torch._C.DisableTorchFunction(), torch.no_grad():
         found = tensors_in(op.func(*unpack(args, numbers), **unpack(kwargs, numbers)))
@@ -32,9 +34,9 @@ def moves(op: Operation) -> Label | list[Label]:
 
 
 def owners(op: Operation, tensor: Tensor) -> Tensor:
-    """The example of each element, counted from 1, in a tensor of the same shape and strides; 0 is nobody's."""
+    """The example of each element, counted from 1, in a tensor of the same shape; 0 is nobody's."""
     held = op.held(tensor)
-    numbers = torch.empty_strided(tensor.size(), tensor.stride(), dtype=torch.int64)
+    numbers = torch.empty(tensor.size(), dtype=torch.int64)
     if isinstance(held, Axis):
         shape = [-1 if d == held.dim else 1 for d in range(tensor.dim())]
         return numbers.copy_(held.ids(op.batch).reshape(shape) + 1)
