@@ -45,6 +45,8 @@ class Operation:
         inputs: its tensor arguments, each with what is known of its examples.
         batch: number of examples, B.
         func: the operator itself.
+        sized: whether the size of the result depends on values of several examples.
+        trial: whether this is a question of what would be; then an operator is not tried on values.
         doubt: a count over several examples that had a say in what the examples get, if one had.
     """
 
@@ -57,6 +59,8 @@ class Operation:
     batch: int
     func: Any = None
     doubt: Lost | None = None
+    sized: bool = False
+    trial: bool = False
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """The argument at `position`, or called `name`."""
@@ -199,7 +203,8 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
     if not batched and handler not in DECIDES:
         return None
     if handler is None:
-        return TRY[0](operation) or operation.unknown("is an operator perex does not know")
+        found = None if operation.trial else TRY[0](operation)
+        return found or operation.unknown("is an operator perex does not know")
     try:
         return handler(operation)
     except (
@@ -210,7 +215,8 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         AttributeError,
         RuntimeError,
     ):  # a form of the call it was not made for
-        return TRY[0](operation) or operation.unknown("is called in a form that perex does not follow")
+        found = None if operation.trial else TRY[0](operation)
+        return found or operation.unknown("is called in a form that perex does not follow")
 
 
 TRY: list[Callable[[Operation], Label | list[Label] | None]] = []

@@ -111,6 +111,10 @@ class Labels:
         if tensor.layout == torch.strided:
             self.spoiled[memory(tensor)] = label, tensor
 
+    def spoils(self, label: Label) -> bool:
+        """Whether this is the label of spoiled memory, whose tensors nobody watches."""
+        return any(found is label for found, _ in self.spoiled.values())
+
     def blank(self, tensor: Tensor) -> bool:
         """Whether a tensor was made like a batch (`zeros_like`), and holds nothing of it yet; asked once."""
         ref = self.blanks.pop(id(tensor), None)
@@ -226,7 +230,7 @@ class Labels:
             found = carry(operation, func)
         if operation.doubt is not None:
             self.doubtful(operation.name, operation.doubt)
-        if operation.name in SIZED_BY_VALUE and self.batch > 1:
+        if (operation.sized or operation.name in SIZED_BY_VALUE) and self.batch > 1:
             self.doubtful(operation.name, Lost("counted", "the size of a result depends on values"), weak=True)
         labels = found if isinstance(found, list) else [found] * len(produced)
         return [self.checked(tensor, label, operation) for tensor, label in zip(produced, labels, strict=True)]
@@ -253,7 +257,9 @@ class Labels:
         """What the labels of an operator's results would be if `tensor` had the batch axis `trial`."""
         inputs = [(t, trial if t is tensor else self.batch_label(t)) for t in tensors_in(*args, kwargs)]
         produced = tensors_in(out)
-        found = carry(Operation(plain_name(func), args, renamed(kwargs), out, produced, inputs, self.batch, func), func)
+        operation = Operation(plain_name(func), args, renamed(kwargs), out, produced, inputs, self.batch, func)
+        operation.trial = True
+        found = carry(operation, func)
         return found if isinstance(found, list) else [found] * len(produced)
 
     def written(self, target: Tensor, index: Any, value: Any) -> Label:

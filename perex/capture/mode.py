@@ -40,6 +40,9 @@ WRITES_ROWS = frozenset(
 """In-place operators that say which rows they write."""
 
 
+INDEXES = (Tensor.__getitem__, Tensor.__setitem__)
+
+
 def masked_write(target: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     """What `target` holds after `target[mask] = value`."""
     written = target.clone()
@@ -133,6 +136,8 @@ class Capture(TorchFunctionMode):
             return self.take_out(func, args, kwargs)
         if func in BRANCHES:
             return self.branch(func, args, kwargs)
+        if func in INDEXES:
+            self.look_at_slices(args[1])
         if self.opaque is not None:
             return self.run_opaque(func, args, kwargs)
         if func is F.embedding_bag and kinds & SHARED:
@@ -194,7 +199,8 @@ class Capture(TorchFunctionMode):
                     label = self.refuse.placed(label)
                 self.refuse.mixed(label)
                 if isinstance(label, Lost) and tensor.requires_grad:
-                    if not any(mark is label and source.requires_grad for source, mark in marks):  # hooked already
+                    hooked = any(mark is label and source.requires_grad for source, mark in marks)
+                    if not hooked or self.labels.spoils(label):
                         self.watch(tensor, label)
             if not (in_place(func) and args and tensor is args[0]):
                 mark = CONSTANT if label is None and (tensor.grad_fn is not None or tensor._base is not None) else label
@@ -258,6 +264,14 @@ class Capture(TorchFunctionMode):
                 lost = Lost("counted", "Python branches on values of examples")
                 self.doubtful(func.__name__, lost, weak=not self.labels.real(tensor))
         return func(*args, **kwargs)
+
+    def look_at_slices(self, index: Any) -> None:
+        """`x[:, :n]` with a tensor n takes a number out of torch, too."""
+        for part in index if isinstance(index, tuple) else (index,):
+            if isinstance(part, slice):
+                for end in (part.start, part.stop, part.step):
+                    if isinstance(end, Tensor):
+                        self.take_out(Tensor.__index__, (end,), {})
 
     def doubtful(self, name: str, lost: Lost, weak: bool = False) -> None:
         """Remember that numbers over the batch may have decided what an example gets.

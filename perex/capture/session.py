@@ -351,7 +351,11 @@ class Session:
         self.edges = [*self.edges[-1:], (capture.forward.number, edges)]
         packed = {id(sequence.data) for sequence in packed_in(out)}
         labels = [capture.labels.of(tensor) for tensor in tensors_of(out) if tensor.requires_grad]
-        if labels and not any(isinstance(label, (Axis, Single, Lost)) for label in labels):
+        first = capture.inputs[0]
+        single_row = first.dim() > self.batch_dim and first.size(self.batch_dim) == 1
+        elsewhere = any(isinstance(label, Axis) and label.dim != self.batch_dim for label in labels)
+        alien = single_row and elsewhere and capture.forward.batch > 1
+        if labels and (alien or not any(isinstance(label, (Axis, Single, Lost)) for label in labels)):
             capture.forward.asks = capture.forward.asks or (
                 "no output of the model has rows of the examples: is one of its inputs with as many rows the batch, or "
                 "something that all examples share? `px.backward(losses)`, with one loss an example, can tell"

@@ -53,6 +53,7 @@ def pointwise(op: Operation) -> Label:
 def positions(op: Operation) -> Label:
     """Where a mask is true, one position a row: a row is of the example in whose part of the mask it is."""
     mask, axis = op.batched()[0]
+    op.sized = True
     owners = axis.ids(op.batch)[mask.detach().nonzero()[:, axis.dim].cpu()]
     return arranged(0, owners, op.batch)
 
@@ -149,7 +150,7 @@ def along(op: Operation) -> Label | list[Label]:
             dim = 0 if tensor.dim() in (0, 1, 3) else 1
     if axis.dim not in dims_of(dim, tensor.dim()):
         return axis
-    if op.name == "sort" and tensor.dim() == 1 and len(op.results) == 2:  # a value stays its example's own
+    if op.name == "sort" and tensor.dim() == 1 and not tensor.is_floating_point():  # a value stays its example's own
         return [arranged(0, axis.ids(op.batch)[op.results[1].cpu()], op.batch), op.mixed()]
     return arranged(axis.dim, axis.ids(op.batch).flip(0), op.batch) if op.name == "flip" else op.mixed()
 

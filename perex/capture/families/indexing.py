@@ -48,6 +48,7 @@ def indexed(op: Operation, source: Tensor, index: Any) -> Label:
             found = entry.detach().nonzero(as_tuple=True)
             own = labels.pop(id(entry))
             if own is not None:
+                op.sized = True
                 owner = arranged(0, own.ids(op.batch)[found[own.dim].cpu()], op.batch)
                 if isinstance(owner, Single):
                     owner = Axis(0, owners=Owners(torch.full((len(found[0]),), owner.example)))

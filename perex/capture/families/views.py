@@ -154,6 +154,7 @@ def repeat_interleave(op: Operation) -> Label:
     if isinstance(repeats, int) and axis.owners is None:
         return axis._replace(inner=axis.inner * repeats)
     count = repeats.cpu() if isinstance(repeats, Tensor) else repeats
+    op.sized = isinstance(repeats, Tensor)
     return arranged(dim, axis.ids(op.batch).repeat_interleave(count), op.batch)
 
 
