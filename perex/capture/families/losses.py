@@ -57,3 +57,14 @@ def uneven(op: Operation, axis: Axis) -> Label:
     if counted.numel() and bool((counted != counted[0]).any()):
         return op.bent("averages over the batch's targets, of which examples have different numbers (some are ignored)")
     return None
+
+
+@family("ctc_loss")
+def ctc_loss(op: Operation) -> Label:
+    """`(T, N, C)` log-probabilities, and a number for each of the N sequences; the lengths say what is read."""
+    axis = op.axis(op.arg(0, "log_probs"))
+    if axis is None or axis.dim != 1:
+        return op.mixed("works along the batch axis")
+    if op.arg(5, "reduction", op.kwargs.get("reduction", "mean")) == "none":
+        return axis.moved(0)
+    return op.bent("divides by the lengths of targets, of which examples have different ones")
