@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from oracle import Bare, check, refused
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -297,3 +298,17 @@ def test_dropout_between_layers(cell, is_packed, batch_first):
         assert torch.equal(out, plain)
         px.backward(out.sin().sum((1, 2)))
     torch.testing.assert_close(px.norms(), torch.stack(expected))
+
+
+def test_checkpointed_experts():
+    """What is recomputed is of the rows that were routed, however many."""
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        token = torch.where(x[:, 0, 0] > 0)[0]
+        routed = checkpoint(lambda rows: torch.tanh(m.layer(rows)), x[token], use_reentrant=False)
+        return torch.zeros_like(x).index_add(0, token, routed) + x
+
+    model = Bare(forward)
+    model.layer = nn.Linear(D, D)
+    check(model, (data(B, T, D),))

@@ -252,7 +252,8 @@ class Session:
         restore = run_eagerly()
         self.capture, self.running, self.frames, self.caller = capture, True, [], None
         for tensor in tensors_of(args):
-            if tensor.is_floating_point() or forward.batch in tensor.shape:
+            known = isinstance(tensor, nn.Parameter) or id(tensor) in self.parameters.entries
+            if not known and (tensor.is_floating_point() or forward.batch in tensor.shape):
                 capture.labels.mark(tensor, Single(0))
         try:
             with capture:
