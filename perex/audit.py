@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from perex.capture.axis import Held, Single
+from perex.capture.probe import SINK
 from perex.errors import ExamplesMixError
 
 
@@ -61,10 +62,6 @@ def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Held]], b
 def pulled(losses: Tensor, edges: Sequence[GradientEdge], weights: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the weighted sum of losses with respect to the outputs."""
     return torch.autograd.grad(losses, list(edges), weights, retain_graph=True, allow_unused=True)
-
-
-SINK = "_DDPSinkBackward"
-"""The node behind the outputs of `DistributedDataParallel`. Its first run starts what synchronises a static graph."""
 
 
 def behind_sinks(losses: Tensor, edges: Sequence[GradientEdge]) -> list[GradientEdge]:

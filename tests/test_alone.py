@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -201,3 +202,93 @@ def test_autocast_is_repeated(dtype):
             losses = model(data(B, T, D).float()).sin().sum((1, 2))
         px.backward(losses)
         assert px.norms().shape == (B,)
+
+
+def scripted(function: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(function)
+
+
+def minus_mean(x: Tensor) -> Tensor:
+    return x - x.mean(0)
+
+
+def centred(x: Tensor) -> Tensor:
+    return scripted(minus_mean)(x)
+
+
+def behind_the_back(x: Tensor) -> Tensor:
+    y = x.clone()
+    y.data = x.detach() - x.detach().mean(0)
+    return y
+
+
+UNSEEN = {
+    "scripted": lambda m, x: m.second(m.first(centred(x))),
+    "vmapped": lambda m, x: m.second(m.first(torch.vmap(lambda c: c - c.mean(), 1, 1)(x[..., 0])[..., None] * x)),
+    "data is set": lambda m, x: m.second(m.first(behind_the_back(x))),
+    "digits": lambda m, x: m.second(m.first(x) * float(f"{x[0, 0, 0].detach()}")),
+    "written from there": lambda m, x: m.second(m.first(torch.zeros_like(x[0]).expand_as(x).clone().copy_(centred(x)))),
+}
+
+
+@pytest.mark.parametrize("case", UNSEEN)
+def test_constants_of_unknown_origin(case):
+    model = net(UNSEEN[case])
+    x = data(B, T, D)
+    with perex.attach(model) as px:
+        with pytest.raises(perex.PerexError):
+            px.backward(model(x).sin().sum((1, 2)))
+            px.norms()
+    with perex.attach(model) as px:
+        model(x).sin().sum((1, 2)).mean().backward()
+        with pytest.raises(perex.PerexError):
+            px.norms()
+
+
+KNOWN = {
+    "attribute": lambda m, x: m.second(m.first(x) * m.scale),
+    "NumPy's": lambda m, x: m.second(m.first(x) * torch.from_numpy(np.arange(1.0, D + 1))),
+    "scripted": lambda m, x: m.second(m.first(x) + scripted(abs_twice)(x)),
+    "kept from the call before": lambda m, x: m.second(m.first(x) * kept_scale(m)),
+}
+
+
+def abs_twice(x: Tensor) -> Tensor:
+    return x.abs() * 2
+
+
+def kept_scale(m: Any) -> Tensor:
+    if m.cache is None:
+        m.cache = torch.arange(1, D + 1, dtype=torch.float64)
+    return m.cache
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_constants_of_unknown_origin_that_do_no_harm(case):
+    model = net(KNOWN[case])
+    model.scale, model.cache = torch.rand(D, dtype=torch.float64) + 1, None
+    check(model, (data(B, T, D),))
+
+
+def test_what_modules_keep_is_as_after_one_forward():
+    """Examples alone start from the state before the forward, and leave the one after it."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.count, m.total = m.count + 1, m.total + m.count
+        m.seen.append(len(x))
+        m.by_name["last"] = len(x)
+        m.in_place += 1
+        return m.second(m.first(x) * m.count * m.in_place)
+
+    model = net(forward)
+    model.count, model.total, model.seen, model.by_name = 0, 0, [], {}
+    model.in_place = torch.zeros(D, dtype=torch.float64)
+    held = model.in_place
+    with perex.attach(model) as px:
+        for calls in (1, 2):
+            px.backward(model(data(B, T, D)).sin().sum((1, 2)))
+            assert px.norms().shape == (B,)
+            assert (model.count, model.seen, model.by_name) == (calls, [B] * calls, {"last": B})
+            assert model.in_place is held and bool((held == calls).all())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from perex.capture.nest import tensors_of
 from perex.capture.operators import body, composite, in_place
 from perex.capture.parameters import Entry, Parameters, Shared
 from perex.capture.rewrites import rewritten
+from perex.capture.state import State, starting_from
 from perex.rules.call import Call
 from perex.rules.registry import OPERATORS
 
@@ -103,6 +104,7 @@ class Record:
         kinds = {p.device.type for p in module.parameters()} | {"cpu"}
         self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
         self.state = random.getstate(), np.random.get_state()
+        self.before = State(module, copies=True)
 
     def rows(self, tensor: Tensor, held: Held) -> Rows:
         """The rows of the recorded examples in a tensor."""
@@ -226,7 +228,7 @@ def replay(record: Record, parameters: Parameters) -> Seen | None:
     for b in record.examples:
         args, kwargs = record.inputs[b]
         mode = Replay(record, b, parameters)
-        with kept(record.module), torch.no_grad(), contextlib.ExitStack() as casts:
+        with starting_from(record.before, record.module), torch.no_grad(), contextlib.ExitStack() as casts:
             for kind, dtype, enabled in record.autocast:
                 casts.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
             random.setstate(record.state[0])
@@ -250,22 +252,3 @@ def replay(record: Record, parameters: Parameters) -> Seen | None:
                 if b in seen.rows and not close(seen.rows[b], tensor.detach()):
                     return seen
     return None
-
-
-@contextlib.contextmanager
-def kept(module: nn.Module) -> Iterator[None]:
-    """Run on copies of the buffers, and put random states back as they were."""
-    originals = [(owner, name, b) for owner in module.modules() for name, b in owner._buffers.items() if b is not None]
-    copies = {id(b): b.detach().clone() for _, _, b in originals}  # the graph of the batch may hold the originals
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
-    try:
-        for owner, name, b in originals:
-            owner._buffers[name] = copies[id(b)]
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for owner, name, b in originals:
-            owner._buffers[name] = b

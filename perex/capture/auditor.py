@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from perex.capture.alone import Record, replay
 from perex.capture.axis import Axis
 from perex.capture.checks import run_eagerly
+from perex.capture.doubts import FAINT, STRONG, WEAK
 from perex.capture.forward import Forward
 from perex.capture.labels import Labels
 from perex.capture.nest import map_tensors, tensors_of
+from perex.capture.outputs import Outputs
 from perex.capture.parameters import Parameters
+from perex.capture.probe import Probe, custom_functions, same_draws, weighted, weights_of
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
 
 ALL, MANY, FEW, LATER = 16, 8, 4, 2
@@ -30,6 +34,7 @@ class Auditor:
         running: whether examples are being run alone now.
         audited: inputs that have been checked, by their shapes.
         strong: whether a forward left more than a weak doubt: then every one is looked at.
+        looked: inputs whose graph has been looked through for the user's own autograd functions.
         wanted: whether to record: not where losses are never handed over, and no forward leaves a doubt.
     """
 
@@ -39,6 +44,7 @@ class Auditor:
         self.audited: set[object] = set()
         self.wanted = True
         self.strong = False
+        self.looked: set[object] = set()
 
     def record(
         self,
@@ -99,13 +105,13 @@ class Auditor:
         record, forward.record = forward.record, None
         if record is None:
             self.wanted = True
-            if forward.doubt is not None and (not forward.weak or forward.shapes not in self.audited):
-                self.strong = self.strong or not forward.weak
+            if forward.strength == STRONG or forward.strength == WEAK and forward.shapes not in self.audited:
+                self.strong = self.strong or forward.strength == STRONG
                 way = "is not done under fully_shard, where all processes would have to run as many"
                 again = "is done with a batch of these shapes from the next forward on: call the model again"
                 raise UnsupportedError(f"{forward.doubt}. That {way if parameters.sharded else again}")
             return
-        self.strong = self.strong or forward.doubt is not None and not forward.weak
+        self.strong = self.strong or forward.strength == STRONG
         if forward.doubt is None and len(record.examples) > FEW:
             last = len(record.examples) - 1
             record.examples = [record.examples[last * k // (FEW - 1)] for k in range(FEW)]
@@ -113,7 +119,7 @@ class Auditor:
         try:
             seen = replay(record, parameters)
         except Exception as error:
-            if forward.doubt is not None:
+            if forward.strength > FAINT:
                 raise UnsupportedError(f"{forward.doubt}; but alone, the model raises {error!r}") from error
             seen = None  # it cannot be run on one example: labels alone have to vouch for it
         finally:
@@ -129,3 +135,35 @@ class Auditor:
             )
         self.audited.add(forward.shapes)
         forward.settled = True
+
+    def look_back(self, forward: Forward, outputs: Outputs, parameters: Parameters) -> None:
+        """If autograd functions of the user's own are in the graph, look whether their backward keeps examples apart.
+
+        Any gradient of the outputs will do for that. It is done here for `loss.backward()`, which comes without losses
+        of examples; not where gradient hooks would run, which may well count how often they do.
+        """
+        unsuitable = forward.batch < 2 or forward.recomputed or forward.once or parameters.sharded or not self.enabled
+        if unsuitable or forward.shapes in self.looked or len(self.looked) >= MANY:
+            return
+        pairs = outputs.pairs()
+        if not custom_functions([tensor.grad_fn for tensor, _ in pairs]):
+            self.looked.add(forward.shapes)
+            return
+        weights = weights_of(forward.batch, forward.half)
+        probe, tensors = Probe({forward: weights}), [tensor for tensor, _ in pairs]
+        with same_draws():
+            grads = [torch.randn_like(tensor) for tensor in tensors]
+        scaled = [weighted(grad, axis, weights) for grad, (_, axis) in zip(grads, pairs, strict=True)]
+        with same_draws():
+            if not forward.receiver.look(probe, tensors, scaled, [forward]):
+                return
+        probe.weighted = False
+        with same_draws():
+            if not forward.receiver.look(probe, tensors, grads, [forward]):
+                raise UnsupportedError(
+                    "the model's graph holds an autograd function of your own whose backward can be run once only, and "
+                    "perex ran it to see whether it keeps examples apart: attach(..., audit=False) does without that"
+                )
+        if probe.error is None:
+            self.looked.add(forward.shapes)
+        forward.error = forward.error or probe.error

@@ -15,17 +15,25 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+SELECTIVE = "_CachingTorchDispatchMode"
+"""The mode in which `create_selective_checkpoint_contexts` has a function run first."""
 
 
-def run_recomputation_in(context: Callable[[tuple[Any, ...]], AbstractContextManager[None]]) -> None:
-    """Have the innermost running checkpoint run its recomputation in a context made from its arguments."""
+def run_recomputation_in(context: Callable[[tuple[Any, ...]], AbstractContextManager[None]]) -> bool:
+    """Have the innermost running checkpoint run its recomputation in a context made from its arguments.
+
+    Returns:
+        Whether it is a selective one, which torch lets go backward once only.
+    """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None or not inspect.isfunction(hooks[0]):
-        return
+        return False
     frame: Any = inspect.getclosurevars(hooks[0]).nonlocals.get("frame")
     recompute = getattr(frame, "recompute_fn", None)
     if recompute is None or hasattr(recompute, "perex"):
-        return
+        return False
 
     def again(*args: Any) -> None:
         with context((*args, enclosed(recompute, "kwargs"))):  # these are not among the arguments
@@ -33,6 +41,7 @@ def run_recomputation_in(context: Callable[[tuple[Any, ...]], AbstractContextMan
 
     again.perex = True  # type: ignore[attr-defined]
     frame.recompute_fn = again
+    return any(type(mode).__name__ == SELECTIVE for mode in _get_current_dispatch_mode_stack())
 
 
 def enclosed(function: Any, name: str) -> Any:

@@ -18,16 +18,28 @@ from perex.factors.outline import Outline, outline
 
 if TYPE_CHECKING:
     from perex.capture.alone import Record
+    from perex.capture.probe import Probe
     from perex.rules.call import Call
 
 __all__ = ["Entry", "Forward", "Receiver", "Shared", "Source", "Use"]
 
 
 class Receiver(Protocol):
-    """Who gets what a backward brings: the tracker."""
+    """Who hears of forwards, and gets what backwards bring."""
+
+    def began(self, forward: Forward) -> None:
+        """A forward begins."""
+
+    def untapped(self, name: str) -> None:
+        """A gradient reached a parameter from a use that nobody saw."""
 
     def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """An output gradient of a call has arrived."""
+
+    def look(
+        self, probe: Probe, outputs: Sequence[Tensor], grads: Sequence[Tensor], forwards: Sequence[Forward]
+    ) -> bool:
+        """Run a backward as far as the taps, for a probe alone; whether that could be done."""
 
     def summed(self, error: PerexError) -> None:
         """The running backward goes through a sum over the batch."""
@@ -75,12 +87,14 @@ class Forward:
         paths: for reports, each call, in order.
         sentinel: an input of all taps that requires grad. It is not a leaf, so that its node tells whether a
             backward is restricted to some inputs (`torch.autograd.grad`).
-        weak: whether that is a doubt which ordinary code leaves.
+        strength: how much that doubt weighs; see `perex.capture.doubts`.
         settled: whether that run has shown it already.
         record: what is needed to run some examples alone, where that is to be done.
         error: what that run has shown, if anything.
         asks: what only a backward of each example's loss can tell, if there is such a thing.
         shapes: tells inputs of one kind from others.
+        half: whether a tap is behind an operator in half precision of five bits of exponent, `torch.float16`.
+        once: whether its graph can be run backward once only.
         doubt: why a run of some examples alone has to show that they do not depend on the others, if it has to.
     """
 
@@ -95,7 +109,9 @@ class Forward:
         self.tracked = tracked
         self.uses: Counter[Entry] = Counter()
         self.doubt: str | None = None
-        self.weak = False
+        self.strength = 0
+        self.half = False
+        self.once = False
         self.settled = False
         self.record: Record | None = None
         self.error: PerexError | None = None

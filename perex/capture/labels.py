@@ -15,10 +15,11 @@ from perex.capture.carry import COUNTS, Operation, carry, known, tensors_in
 from perex.capture.parameters import Entry, Parameters, Shared, Source
 from perex.rules.registry import OPERATORS
 
-BATCHED, SHARED, LOST, STRANGER, UNTRACKED, COUNTED = 1, 2, 4, 8, 16, 32
+BATCHED, SHARED, LOST, STRANGER, UNTRACKED, COUNTED, FOREIGN = 1, 2, 4, 8, 16, 32, 64
 """Kinds of tensors, as bits; a constant has none. What is untracked requires grad, but nobody asks for its
 per-example gradients: other parameters, and what derives from them. A stranger requires grad and comes from nowhere
-that perex saw. What is counted is an integer or truth value over several examples."""
+that perex saw. What is counted is an integer or truth value over several examples. What is foreign is a constant that
+comes from nowhere that perex saw."""
 
 UNMARKED = (None, None, False)
 
@@ -56,7 +57,7 @@ class Labels:
         key: str,
         number: int,
         batch: int,
-        doubtful: Callable[..., None] = lambda name, lost, weak=False: None,
+        doubtful: Callable[..., None] = lambda name, lost, strength=3: None,
     ) -> None:
         self.parameters = parameters
         self.key = key
@@ -231,7 +232,7 @@ class Labels:
         if operation.doubt is not None:
             self.doubtful(operation.name, operation.doubt)
         if (operation.sized or operation.name in SIZED_BY_VALUE) and self.batch > 1:
-            self.doubtful(operation.name, Lost("counted", "the size of a result depends on values"), weak=True)
+            self.doubtful(operation.name, Lost("counted", "the size of a result depends on values"), 2)
         labels = found if isinstance(found, list) else [found] * len(produced)
         return [self.checked(tensor, label, operation) for tensor, label in zip(produced, labels, strict=True)]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from perex.capture.axis import Axis, Held, Label, Lost, Single
@@ -160,11 +161,12 @@ class Meeting:
             self.forward.record.met(call, tensors_in(out) or list(out), out_axes)
         number(call, self.forward.batch)
         self.forward.entered(call)
-        run_recomputation_in(self.recomputing)
+        self.forward.once |= run_recomputation_in(self.recomputing)
         produced: list[Tensor] = []
         template = pack(out, produced)
         if not produced:  # a named result, as `torch.max` has
             produced = list(out)
+        self.forward.half = self.forward.half or any(tensor.dtype == torch.float16 for tensor in produced)
         tapped = Tap.apply(call, saved, self.forward.sentinel, *produced)
         for tensor, axis in zip(tapped, out_axes, strict=True):
             self.labels.mark(tensor, axis)

@@ -14,14 +14,38 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from perex.capture.alone import Record, draws
-from perex.capture.axis import Axis, Label, Lost, Single
+from perex.capture.axis import Axis, Label, Lost
 from perex.capture.carry import CHOOSES, COUNTS, FAMILIES, Operation, tensors_in
+from perex.capture.doubts import FAINT, UNSEEN, Doubts
 from perex.capture.families.elementwise import aligned
 from perex.capture.forward import Forward
-from perex.capture.labels import BATCHED, CONSTANT, COUNTED, LOST, SHARED, STRANGER, UNTRACKED, Labels, Mark, plain_name
+from perex.capture.labels import (
+    BATCHED,
+    CONSTANT,
+    COUNTED,
+    FOREIGN,
+    LOST,
+    SHARED,
+    STRANGER,
+    UNTRACKED,
+    Labels,
+    Mark,
+    plain_name,
+)
 from perex.capture.meeting import Meeting
-from perex.capture.operators import BRANCHES, NUMBERS, PASSED_OVER, READS_FIRST, body, composite, in_place, out_of_place
+from perex.capture.operators import (
+    BRANCHES,
+    NUMBERS,
+    PASSED_OVER,
+    READS_FIRST,
+    UNFOLLOWED,
+    body,
+    composite,
+    in_place,
+    out_of_place,
+)
 from perex.capture.parameters import Entry, Parameters, Shared
+from perex.capture.probe import watched
 from perex.capture.refusals import Refusals
 from perex.capture.rewrites import rewritten
 from perex.capture.taps import Guard
@@ -93,14 +117,14 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self.parameters = parameters
         self.forward = forward
-        self.labels = Labels(parameters, key, forward.number, forward.batch, self.doubtful)
         self.refuse = Refusals(where)
+        self.doubts = Doubts(forward, self.refuse, parameters.model)
+        self.labels = self.doubts.labels = Labels(parameters, key, forward.number, forward.batch, self.doubts.add)
         self.meeting = Meeting(forward, self.labels, self.refuse, partial(recomputing, forward))
         self.active = True
         self.record: Record | None = None  # of examples to run alone later
         self.opaque: object | None = None  # the running module that a rule of its own covers
         self.inputs: list[Tensor] = []
-        self.counted: Lost | None = None  # an integer over the batch that left torch: a length, or a denominator
         self.ambiguous: str | None = None  # inputs of several sizes along the batch dimension
 
     def __torch_function__(
@@ -124,20 +148,28 @@ class Capture(TorchFunctionMode):
         """Follow one operator."""
         if not self.active or func in PASSED_OVER:
             return func(*args, **kwargs)
-        labels, kinds = self.labels, 0
+        labels, doubts, kinds = self.labels, self.doubts, 0
         marks: list[tuple[Tensor, Mark]] = []
         for tensor in tensors_in(args[0]) if func in READS_FIRST else tensors_in(*args, kwargs):
             mark = labels.of(tensor)
-            kinds |= labels.kind(tensor, mark)
+            kind = labels.kind(tensor, mark)
+            kinds |= FOREIGN if not kind and doubts.foreign(tensor) else kind
             marks.append((tensor, mark))
-        if not kinds:
-            return func(*args, **kwargs)
+        if not kinds & ~FOREIGN:
+            return self.constant(func, args, kwargs, bool(kinds))
+        if kinds & FOREIGN and kinds & (BATCHED | LOST | COUNTED | SHARED):
+            doubts.add(plain_name(func), UNSEEN, FAINT)
         if func in NUMBERS:
-            return self.take_out(func, args, kwargs)
+            return self.doubts.take_out(func, args, kwargs)
         if func in BRANCHES:
-            return self.branch(func, args, kwargs)
+            return self.doubts.branch(func, args, kwargs)
+        if func in UNFOLLOWED:
+            return doubts.unfollowed(func, args, kwargs)
+        if func is Tensor.register_hook:
+            held, (hook,) = labels.held(args[0]), (*args[1:], *kwargs.values())
+            return func(args[0], hook if held is None else watched(hook, self.forward, held))
         if func in INDEXES:
-            self.look_at_slices(args[1])
+            self.doubts.look_at_slices(args[1])
         if self.opaque is not None:
             return self.run_opaque(func, args, kwargs)
         if func is F.embedding_bag and kinds & SHARED:
@@ -154,7 +186,7 @@ class Capture(TorchFunctionMode):
         if func is Tensor.__setitem__:
             return self.set_item(kinds, *args)
         if not torch.is_grad_enabled():
-            return self.follow(func, args, kwargs, marks)
+            return self.follow(func, args, kwargs, marks, foreign=bool(kinds & FOREIGN))
         if kinds & SHARED and torch._C._are_functorch_transforms_active():
             raise self.refuse.unsupported(
                 func,
@@ -168,7 +200,18 @@ class Capture(TorchFunctionMode):
             return self.derive(func, args, kwargs)
         if kinds & SHARED:
             return self.meet(func, args, kwargs)
-        return self.follow(func, args, kwargs, marks, stand_ins=bool(kinds & UNTRACKED))
+        return self.follow(func, args, kwargs, marks, bool(kinds & UNTRACKED), bool(kinds & FOREIGN))
+
+    # Neither
+
+    def constant(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], foreign: bool) -> Any:
+        """Run an operator on constants alone."""
+        out = func(*args, **kwargs)
+        if not foreign:
+            self.doubts.made(tensors_in(out))
+        elif in_place(func) or func is Tensor.__setitem__:
+            self.doubts.unmade(args[0])
+        return out
 
     # Examples without parameters
 
@@ -179,6 +222,7 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any],
         marks: list[tuple[Tensor, Mark]],
         stand_ins: bool = False,
+        foreign: bool = False,
     ) -> Any:
         """Run an operator without wanted gradients, and label its results."""
         before = self.labels.batch_label(args[0]) if in_place(func) and args and isinstance(args[0], Tensor) else None
@@ -204,6 +248,8 @@ class Capture(TorchFunctionMode):
                         self.watch(tensor, label)
             if not (in_place(func) and args and tensor is args[0]):
                 mark = CONSTANT if label is None and (tensor.grad_fn is not None or tensor._base is not None) else label
+                if mark is None and not foreign:
+                    self.doubts.made([tensor])
                 whole = not tensor.is_floating_point()
                 self.labels.mark(tensor, mark, whole and self.labels.from_real(plain_name(func), marks))
             elif label != before:
@@ -242,53 +288,11 @@ class Capture(TorchFunctionMode):
         """Run an operator inside a module that is one operator to perex."""
         return self.run(func, args, kwargs, detach=not self.parameters.param_grads)
 
-    def take_out(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Give out Python numbers, unless they were computed over the batch; what that leaves open is remembered."""
-        label = self.labels.of(args[0])
-        if isinstance(label, Lost) and label.kind not in COUNTS:
-            raise self.refuse.taken_out(label, func)
-        if isinstance(label, Lost):
-            self.counted = label
-        if isinstance(label, (Axis, Single, Lost)):
-            lost = label if isinstance(label, Lost) else Lost("counted", "examples leave torch")
-            self.doubtful(func.__name__, lost, weak=isinstance(label, Single) and not args[0].is_floating_point())
-        return func(*args, **kwargs)
-
-    def branch(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let Python decide on a truth value; one made of the real numbers of several examples is remembered."""
-        for tensor in tensors_in(*args):
-            label = self.labels.of(tensor)
-            if isinstance(label, Lost):
-                self.doubtful(func.__name__, label, weak=label.kind == "counted")
-            elif isinstance(label, (Axis, Single)):
-                lost = Lost("counted", "Python branches on values of examples")
-                self.doubtful(func.__name__, lost, weak=not self.labels.real(tensor))
-        return func(*args, **kwargs)
-
-    def look_at_slices(self, index: Any) -> None:
-        """`x[:, :n]` with a tensor n takes a number out of torch, too."""
-        for part in index if isinstance(index, tuple) else (index,):
-            if isinstance(part, slice):
-                for end in (part.start, part.stop, part.step):
-                    if isinstance(end, Tensor):
-                        self.take_out(Tensor.__index__, (end,), {})
-
-    def doubtful(self, name: str, lost: Lost, weak: bool = False) -> None:
-        """Remember that numbers over the batch may have decided what an example gets.
-
-        A weak doubt is one that ordinary code leaves, such as a look at a mask or a length: it is settled once for
-        inputs of some shapes, and any other in every forward.
-        """
-        if self.forward.batch == 1:
-            return
-        if self.forward.doubt is None or self.forward.weak and not weak:
-            self.forward.doubt, self.forward.weak = self.refuse.doubt(name, lost), weak
-
     def chosen(self, func: Operator, marks: list[tuple[Tensor, Mark]]) -> bool:
         """Whether counts only choose among parameters, as the experts that are called at all are chosen."""
         lost = next(mark for _, mark in marks if isinstance(mark, Lost))
         if plain_name(func) in CHOOSES:
-            self.doubtful(plain_name(func), lost)
+            self.doubts.add(plain_name(func), lost)
             return True
         return False
 
@@ -320,6 +324,7 @@ class Capture(TorchFunctionMode):
             if id(tensor) in same:  # an in-place operator, or one that had nothing to do
                 return same[id(tensor)]
             if not tensor.requires_grad:
+                self.doubts.made([tensor])
                 return tensor
             held: Tensor = Guard.apply(self.forward, names, self.parameters.param_grads, tensor)
             self.labels.mark(held, Shared(tensor, tuple(entries), tuple(entries.values())))
@@ -386,7 +391,7 @@ class Capture(TorchFunctionMode):
         found = [label for t in tensors_in(index) if (label := self.labels.batch_label(t)) is not None]
         for label in found:
             if isinstance(label, Lost):
-                self.doubtful("__setitem__", label)
+                self.doubts.add("__setitem__", label)
         if any(not isinstance(label, Lost) or label.kind not in COUNTS for label in found):
             self.overwrite(target, before, self.labels.written(target, index, value))
         elif kinds & LOST or isinstance(before, Shared):
@@ -398,7 +403,7 @@ class Capture(TorchFunctionMode):
                 count = count._replace(kind="bent")
             self.overwrite(target, before, count if before is None else self.labels.batch_label(target))
             if before is not None:
-                self.doubtful("__setitem__", count)
+                self.doubts.add("__setitem__", count)
         elif isinstance(value, Tensor) and self.labels.held(value) is not None:
             self.overwrite(target, before, self.labels.written(target, index, value))
 

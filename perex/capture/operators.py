@@ -13,13 +13,13 @@ from torch import Tensor
 from perex.capture.carry import FAMILIES
 
 METADATA = """
-    __deepcopy__ __dir__ __dlpack_device__ __format__ __hash__
+    __deepcopy__ __dir__ __dlpack_device__ __hash__
     __len__ __reduce_ex__ __repr__ __setstate__
     _is_view _version backward data_ptr dense_dim dim dim_order element_size get_device has_names
     is_coalesced is_complex is_conj is_contiguous is_distributed is_floating_point is_inference is_neg
     is_pinned is_same_size is_set_to is_shared is_signed is_sparse ndimension nelement numel
-    pin_memory record_stream register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad
-    share_memory_ size sparse_dim storage storage_offset storage_type stride untyped_storage
+    pin_memory record_stream register_post_accumulate_grad_hook requires_grad_ retain_grad
+    share_memory_ size sparse_dim storage_offset storage_type stride
     is_tensor is_storage result_type can_cast promote_types is_same_size
 """.split()
 """Operators whose result holds nothing that a gradient goes through."""
@@ -34,7 +34,8 @@ def _metadata() -> frozenset[Any]:
     for cls in Tensor.__mro__[:-1]:
         for name, member in vars(cls).items():
             if isinstance(member, (types.GetSetDescriptorType, property)):
-                found.add(member.__set__)
+                if name != "data":
+                    found.add(member.__set__)
                 if name not in DIFFERENTIABLE_GETTERS:
                     found.add(member.__get__)
     return frozenset(found)
@@ -48,6 +49,9 @@ NUMBERS = frozenset(
     for name in "item __int__ __index__ tolist numpy __float__ __complex__ __array__ __dlpack__".split()
 )
 """Operators that take numbers out of torch, where nothing can be followed."""
+
+UNFOLLOWED = frozenset({Tensor.__format__, Tensor.storage, Tensor.untyped_storage, Tensor.data.__set__})  # type: ignore
+"""Operators behind whose back something may be done with a tensor; mostly nothing is."""
 
 BRANCHES = frozenset(
     getattr(space, name)

@@ -7,27 +7,26 @@ import dataclasses
 import itertools
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch import nn
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from perex.capture.auditor import Auditor
-from perex.capture.axis import Axis, Held, Lost, Single
+from perex.capture.axis import Single
 from perex.capture.checks import check_model, compiling, learns_graph, refuse_batch_statistics, run_eagerly
 from perex.capture.forward import Forward, Receiver
 from perex.capture.hooks import hook
 from perex.capture.inputs import batch_size, input_label, packed_in, packed_label
 from perex.capture.mode import Capture
-from perex.capture.nest import map_tensors, tensors_of
-from perex.capture.parameters import Parameters, Selection, Shared
-from perex.capture.sharding import EXIT, Exit, is_managed, leave_last, refuse_flat
-from perex.errors import AttachError, UnsupportedError
+from perex.capture.nest import tensors_of
+from perex.capture.outputs import Outputs
+from perex.capture.parameters import Parameters, Selection
+from perex.capture.sharding import is_managed, leave_last, refuse_flat
+from perex.errors import AttachError
 from perex.rules.registry import module_rule_for
 
 _sessions = itertools.count()
@@ -54,9 +53,7 @@ class Session:
         params: which parameters to track.
         param_grads: whether `.grad` is computed too.
         batch_dim: the dimension of the inputs that holds the examples.
-        receiver: who gets what backwards bring.
-        began: called with each new forward.
-        untapped: called with the name of a parameter whose gradient came from an unseen use.
+        receiver: who hears of new forwards, and gets what backwards bring.
         audit: whether to check batches by running some of their examples alone.
     """
 
@@ -67,31 +64,26 @@ class Session:
         param_grads: bool,
         batch_dim: int,
         receiver: Receiver,
-        began: Callable[[Forward], None],
-        untapped: Callable[[str], None],
         audit: bool,
     ) -> None:
         check_model(model)
         self.key = f"_perex_{next(_sessions)}"
         self.batch_dim = batch_dim
         self.receiver = receiver
-        self.began = began
         self.frames: list[Frame] = []
         self.capture: Capture | None = None
         self.running = False
         self.forwards = 0
         self.restore: Callable[[], object] = nothing  # lets compiled functions run as such again
         self.root: nn.Module | None = None  # whose call the running forward is
-        self.outputs: list[tuple[weakref.ref[Tensor], Held | Lost]] = []  # of the latest forward
-        self.edges: list[tuple[int, list[tuple[GradientEdge, Held]]]] = []
-        """For each forward since the last backward (two at most), its number and where its outputs are in the graph."""
         self.consumed = False  # whether a backward came since the latest forward
         self.unseen: str | None = None  # why the latest call of the model began no forward, if so
         self.thread = threading.get_ident()
         self.caller: FrameType | None = None
         self.closed = False
         self.auditor = Auditor(audit)
-        self.parameters = Parameters(model, params, param_grads, untapped)
+        self.parameters = Parameters(model, params, param_grads, receiver.untapped)
+        self.outputs = Outputs(self.parameters, batch_dim)
         try:
             self.undo = hook(model, self.enter, self.leave)
         except AttachError:
@@ -162,17 +154,16 @@ class Session:
                     result = self.close_module(capture, module, args, kwargs, out)
             if frame.begins and capture is not None and out is not None:
                 out = out if result is None else result
-                if any(isinstance(capture.labels.of(tensor), Shared) for tensor in tensors_of(out)):
-                    out = result = self.tap_shared(capture, out)
-                if self.parameters.sharded:
-                    out = result = self.behind_hooks(capture, out)
-                self.take_outputs(capture, out)
+                returned = self.outputs.finish(capture, out)
+                result = returned if returned is not out else result
+                out = returned
         finally:
             self.frames.pop()
             if frame.begins:
                 self.end()
         if frame.begins and capture is not None and out is not None:
             self.auditor.settle(capture.forward, self.parameters)
+            self.auditor.look_back(capture.forward, self.outputs, self.parameters)
         return result
 
     def begin(self, frame: Frame, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -188,7 +179,7 @@ class Session:
         self.unseen = None
         recomputed = torch._C._current_graph_task_id() != -1
         capture = self.capture
-        outputs = {id(t): label for ref, label in self.outputs if (t := ref()) is not None}
+        outputs = {id(t): label for ref, label in self.outputs.labels if (t := ref()) is not None}
         goes_on = capture is not None and not self.consumed and not recomputed and any(id(t) in outputs for t in inputs)
         if not goes_on:
             if not recomputed:
@@ -201,7 +192,7 @@ class Session:
             forward.task = torch._C._current_graph_task_id() if recomputed else None
             capture = Capture(self.parameters, forward, self.key, self.where, self.recomputing)
             if not recomputed:
-                self.began(forward)
+                self.receiver.began(forward)
         assert capture is not None
         self.capture = capture
         capture.inputs = inputs
@@ -209,10 +200,12 @@ class Session:
         for tensor in inputs:
             known = outputs.get(id(tensor)) if goes_on else None
             capture.labels.mark(tensor, known or input_label(tensor, inputs, batch, self.batch_dim))
+        capture.doubts.made(inputs)
         for sequence in packed:
             for part in sequence[1:]:
                 if part is not None:
                     capture.labels.mark(part, None)
+                    capture.doubts.made([part])
             capture.labels.mark(sequence.data, outputs.get(id(sequence.data)) or packed_label(sequence))
         first = inputs[0]
         rows = first.size(self.batch_dim) if first.dim() > self.batch_dim else batch
@@ -311,94 +304,12 @@ class Session:
         assert rule is not None
         return capture.meeting.module(module, rule, args, kwargs, out)
 
-    def tap_shared(self, capture: Capture, out: Any) -> Any:
-        """What a model returns, with outputs that derive from parameters alone tapped as rows of the examples.
-
-        That each loss reads its own row only is for `px.backward(losses)` to check.
-        """
-
-        def tapped(tensor: Tensor) -> Tensor:
-            label = capture.labels.of(tensor)
-            if not isinstance(label, Shared) or not tensor.requires_grad or tensor.dim() <= self.batch_dim:
-                return tensor
-            if capture.forward.batch == 1 or tensor.size(self.batch_dim) != capture.forward.batch:
-                return tensor
-            capture.forward.asks = (
-                "an output of the model derives from parameters alone, and has as many rows as there are examples: "
-                "whether each example's loss reads its own row only, `px.backward(losses)` can tell"
-            )
-            with torch._C.DisableTorchFunction():
-                return capture.meeting.returned(tensor, Axis(self.batch_dim))
-
-        return map_tensors(tapped, out)
-
-    def behind_hooks(self, capture: Capture, out: Any) -> Any:
-        """What a sharded model returns, each tensor behind an `Exit`."""
-
-        def behind(tensor: Tensor) -> Tensor:
-            label = capture.labels.of(tensor)
-            if not isinstance(label, (Axis, Single)) or not tensor.requires_grad:
-                return tensor
-            passed: Tensor = Exit.apply(tensor)
-            capture.labels.mark(passed, label)
-            return passed
-
-        return map_tensors(behind, out)
-
-    def take_outputs(self, capture: Capture, out: Any) -> None:
-        """Remember where the examples are in the outputs; refuse those in which they are mixed, or may be."""
-        self.outputs = []
-        edges: list[tuple[GradientEdge, Held]] = []
-        self.edges = [*self.edges[-1:], (capture.forward.number, edges)]
-        packed = {id(sequence.data) for sequence in packed_in(out)}
-        labels = [capture.labels.of(tensor) for tensor in tensors_of(out) if tensor.requires_grad]
-        first = capture.inputs[0]
-        single_row = first.dim() > self.batch_dim and first.size(self.batch_dim) == 1
-        elsewhere = any(isinstance(label, Axis) and label.dim != self.batch_dim for label in labels)
-        alien = single_row and elsewhere and capture.forward.batch > 1
-        if labels and (alien or not any(isinstance(label, (Axis, Single, Lost)) for label in labels)):
-            capture.forward.asks = capture.forward.asks or (
-                "no output of the model has rows of the examples: is one of its inputs with as many rows the batch, or "
-                "something that all examples share? `px.backward(losses)`, with one loss an example, can tell"
-            )
-        singles = {label.example for t in tensors_of(out) if isinstance(label := capture.labels.of(t), Single)}
-        if singles and len(singles) < capture.forward.batch:
-            capture.forward.asks = (
-                "an output of the model is of one example, and not every example has one: whether only that example's "
-                "loss reads it, `px.backward(losses)` can tell"
-            )
-        for tensor in tensors_of(out):
-            label = capture.labels.of(tensor)
-            if isinstance(label, Axis) and label.owners is not None and id(tensor) not in packed:
-                if bool((label.owners.ids.diff() < 0).any()):
-                    capture.forward.asks = (
-                        "the rows of an output of the model are in another order than the examples: whether each has "
-                        "the loss of its own example, `px.backward(losses)` can tell"
-                    )
-            if capture.forward.record is not None:
-                capture.forward.record.returned(tensor, capture.labels.batch_label(tensor))
-            audited = not self.parameters.sharded or tensor.grad_fn is not None and tensor.grad_fn.name() == EXIT
-            if isinstance(label, (Axis, Single)) and tensor.requires_grad and audited:
-                edges.append((get_gradient_edge(tensor), label))
-            if isinstance(label, (Axis, Single, Lost)):
-                self.outputs.append((weakref.ref(tensor), label))
-            if isinstance(label, Axis) and label.dim != self.batch_dim and capture.ambiguous is not None:
-                raise UnsupportedError(
-                    f"the model's inputs have {capture.ambiguous} along dimension {self.batch_dim}. perex took the "
-                    f"first for the batch, {capture.forward.batch}, but the output has that at dimension {label.dim}: "
-                    "hand the batch over first"
-                )
-            if not isinstance(label, Lost) or not tensor.requires_grad:
-                continue
-            if label.kind == "reduced" and (tensor.dim() or capture.counted is not None):
-                why = label if capture.counted is None else capture.counted
-                capture.watch(tensor, why, always=True)
-
     def close(self) -> None:
         """Take everything off the model."""
         for undo in self.undo:
             undo()
-        self.undo, self.edges, self.outputs, self.closed = [], [], [], True
+        self.undo, self.closed = [], True
+        self.outputs.clear()
         if self.running:
             self.abort()
         self.parameters.release()

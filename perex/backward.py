@@ -1,0 +1,296 @@
+"""What backwards of an attached model bring: run, audited, collected."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from perex.audit import check_losses
+from perex.capture.derived import of_parameters
+from perex.capture.forward import Forward
+from perex.capture.parameters import Shared
+from perex.capture.probe import SINK, Probe, nodes, same_draws, weights_of
+from perex.capture.session import Session
+from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
+from perex.factors import Factor, Few
+from perex.quantities import Quantity
+from perex.result import Result
+from perex.rules.call import Call, Captured
+
+STRAY = (
+    "In module '{}', rows that belong to no example go through a parameter in `{}` and have a part in the loss, so "
+    "perex cannot say whose gradient theirs is. Leave such rows out of the loss, or make them rows of an example"
+)
+
+
+class Backwards:
+    """Gets what taps, guards and hooks report, and makes a `Result` of each backward.
+
+    Args:
+        quantities: what each parameter's gradients are reduced to.
+        param_grads: whether `.grad` is computed too.
+        audit: whether backwards of losses are checked for examples that influence each other.
+        scaler: of the loss that is run backward, if one is used.
+
+    Attributes:
+        session: the session whose forwards these are backwards of; set by who makes both.
+        latest: the latest forward.
+        pending: forwards since the last backward.
+        result: what the last backward brought.
+    """
+
+    session: Session
+
+    def __init__(
+        self, quantities: Sequence[Quantity], param_grads: bool, audit: bool, scaler: torch.amp.GradScaler | None
+    ) -> None:
+        self.quantities = quantities
+        self.param_grads = param_grads
+        self.audit = audit
+        self.scaler = scaler
+        self.audited: set[tuple[object, ...]] = set()
+        self.latest: Forward | None = None
+        self.pending: list[weakref.ref[Forward]] = []
+        self.result: Result | None = None
+        self.losses: int | None = None
+        self.scale: float | None = None
+        self.probe: Probe | None = None
+        self.looking = False  # whether the running backward is for the probe alone
+
+    def began(self, forward: Forward) -> None:
+        """A forward begins."""
+        self.latest = forward
+        self.pending = [ref for ref in self.pending if ref() is not None] + [weakref.ref(forward)]
+
+    # Running one
+
+    def run(self, losses: Tensor, mean: bool) -> None:
+        """Run the backward of the mean or sum of losses; see `Tracker.backward`."""
+        if self.latest is None or self.session.unseen is not None:
+            why = f"; {self.session.unseen}" if self.session.unseen else ""
+            raise NotReadyError(f"backward: call the attached model first, with gradients enabled{why}")
+        # without a forward since, it is a second backward, of a graph that was retained
+        forwards = [forward for ref in self.pending if (forward := ref()) is not None] or [self.latest]
+        count = len(losses)
+        sizes = [forward.batch for forward in forwards]
+        if count not in sizes and count != sum(sizes):
+            raise LossError(
+                f"losses: {count} losses for a forward of {' and '.join(map(str, sizes))} examples: there must be one "
+                "loss an example. Average the losses of an example's own tokens or pixels; or is the batch axis "
+                "another than `batch_dim`?"
+            )
+        self.result = None
+        if not losses.requires_grad:
+            if any(forward.uses for forward in forwards):
+                raise LossError("losses: they do not depend on the model's outputs, or were computed under no_grad")
+            return  # no tracked parameter was used: norms are zero
+        weight = torch.full_like(losses, 1 / count if mean and count else 1.0)
+        probe, kinds = self.check(losses, weight, forwards)
+        self.losses, self.scale, self.probe = count, count if mean and count else 1.0, probe
+        try:
+            self.scaled(losses).backward(weight)
+        except RuntimeError as error:
+            if probe is None:
+                raise
+            raise UnsupportedError(
+                f"the backward raised {error!r}, after perex had run it with other weights on the losses, as a check. "
+                "If it can only be run once, attach(..., audit=False) does without that"
+            ) from error
+        finally:
+            self.losses, self.scale, self.probe = None, None, None
+        if probe is not None and probe.error is not None:
+            raise self.denied(probe.error)
+        self.audited |= kinds
+        if self.result is None and any(forward.uses for forward in forwards):
+            raise LossError("losses: no gradient reached the attached model; are they of another's outputs?")
+
+    def denied(self, error: PerexError) -> PerexError:
+        """The last backward's numbers are wrong: the first reason for that."""
+        if self.result is None:
+            return error
+        self.result.refuse(error)
+        return self.result.error or error
+
+    def scaled(self, losses: Tensor) -> Tensor:
+        """Losses as the scaler wants them."""
+        return losses if self.scaler is None else self.scaler.scale(losses)
+
+    def check(
+        self, losses: Tensor, weight: Tensor, forwards: Sequence[Forward]
+    ) -> tuple[Probe | None, set[tuple[object, ...]]]:
+        """Check that examples do not mix, when losses and outputs of these shapes are new.
+
+        Returns:
+            What the taps got when the losses were weighted, with which the backward to come is to be compared; and what
+            will have been checked then.
+        """
+        edges, self.session.outputs.edges = dict(self.session.outputs.edges), []
+        further = len(losses) == sum(forward.batch for forward in forwards)
+        first, new = 0, set[tuple[object, ...]]()
+        weights: dict[Forward, Tensor] = {}
+        factors = weights_of(len(losses), any(forward.half for forward in forwards))
+        for forward in forwards:
+            if self.audit:
+                self.session.auditor.check(forward, self.session.parameters)
+            outputs = edges.get(forward.number, [])
+            kind = len(losses), first, forward.shapes, *((edge.node.name(), axis) for edge, axis in outputs)
+            if self.audit and kind not in self.audited:
+                check_losses(losses, outputs, forward.batch, first)
+                new.add(kind)
+            weights[forward] = factors[first : first + forward.batch].to(losses.device)
+            first += forward.batch if further else 0
+        once = self.session.parameters.sharded or any(forward.once for forward in forwards)
+        if not new or once or len(losses) < 2 or any(node.name() == SINK for node in nodes([losses.grad_fn])):
+            return None, new
+        probe = Probe(weights)
+        with same_draws():
+            done = self.look(probe, [self.scaled(losses)], [weight * factors.to(weight)], forwards)
+        probe.weighted = False
+        return probe if done else None, new
+
+    def look(
+        self, probe: Probe, outputs: Sequence[Tensor], grads: Sequence[Tensor], forwards: Sequence[Forward]
+    ) -> bool:
+        """Run a backward as far as the taps, for a probe alone; whether that could be done."""
+        self.probe, self.looking = probe, True
+        try:
+            sentinels = [forward.sentinel for forward in forwards]
+            torch.autograd.grad(outputs, sentinels, grads, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # reentrant checkpoints and some compiled code cannot be run for this: nor need they be
+            return False
+        finally:
+            self.probe, self.looking = None, False
+        return True
+
+    # What capture hands over
+
+    def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """An output gradient of a call has arrived: reduce or keep its factors."""
+        forward = call.forward
+        if self.probe is not None:
+            self.probe.receive(call, grads)
+        if self.looking:
+            return
+        result = self.open(forward)
+        if self.session.closed:
+            why = "perex was detached between the forward and the backward: run the backward before detaching"
+            result.refuse(NotReadyError(why))
+        if self.session.running and not forward.recomputed:
+            result.refuse(NotReadyError("the last backward ran inside the model's forward: nothing to read from it"))
+        if result.losses is None:  # nobody will ask whether the examples do without each other
+            self.session.auditor.wanted = forward.doubt is not None
+            forward.record = None
+            if forward.error is not None:
+                result.refuse(forward.error)
+        if forward.asks is not None and (result.losses is None or not self.audit):
+            result.refuse(UnsupportedError(forward.asks))
+        if forward.recomputed:
+            result.refuse(
+                UnsupportedError(
+                    f"module '{call.where}' runs under reentrant checkpointing, which hides its parameters from the "
+                    "forward: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                )
+            )
+            return
+        if any(grad is not None and axis.stray(grad) for grad, axis in zip(grads, call.out_axes, strict=True)):
+            result.refuse(UnsupportedError(STRAY.format(call.where, call.name)))
+        device = saved[0].device.type if saved else "cpu"
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            captured = Captured(call, saved, grads)
+            self.note_overflow(result, call, grads)
+            factors = call.rule.function(captured)
+            forward.arrived(call, grads)
+            for slot, source in call.slots.items():
+                factor = check_factor(call, slot, factors.get(slot), captured.batch)
+                for entry, part in of_parameters(source, factor):
+                    own = part if call.examples is None else Few(part, call.examples, forward.batch)
+                    forward.made(call, entry, own)
+                    result.add(forward, entry, own)
+
+    def summed(self, error: PerexError) -> None:
+        """A sum over the batch got a gradient, which no loss of one example gives it."""
+        if self.losses is not None and self.losses > 1:
+            self.refuse(error)
+
+    def refuse(self, error: PerexError) -> None:
+        """The running backward's numbers would be wrong: keep the reason for whoever reads them."""
+        if not self.looking:
+            self.open(None).refuse(error)
+
+    def untapped(self, name: str) -> None:
+        """A gradient reached a parameter from an unseen use."""
+        self.refuse(
+            UnsupportedError(
+                f"parameter '{name}' got a gradient from a use that perex did not see: outside the model's forward "
+                "(a penalty added to the loss, say), in a forward before perex was attached, or in compiled or "
+                "scripted code in which its hooks do not run. Move that use into the model's forward, run it "
+                "uncompiled, or leave the parameter out with `params=`"
+            )
+        )
+
+    def open(self, forward: Forward | None) -> Result:
+        """The result of the backward that is running, begun if this is the first that is heard of it."""
+        task = torch._C._current_graph_task_id()
+        if forward is not None and forward.task is not None:
+            task = forward.task  # reentrant checkpointing runs a backward of its own inside this one
+        result = self.result
+        if result is not None and result.task == task:
+            return result
+        waiting = [found for ref in self.pending if (found := ref()) is not None]
+        alone = all(found is forward for found in waiting)
+        number = self.latest.number if self.latest is not None else 0
+        result = Result(task, self.quantities, alone, number, self.losses, self.scale)
+        result.scaled = self.scaling()
+        self.result = result
+        torch.autograd.Variable._execution_engine.queue_callback(result.finish)
+        self.pending = []
+        self.session.consumed = True
+        self.session.outputs.edges = []
+        if forward is not None and not will_run(forward.sentinel):
+            aliases = [entry.stand_in for entry in forward.uses if entry.stand_in is not None]
+            if not self.param_grads or not all(map(will_run, aliases)):
+                result.refuse(
+                    UnsupportedError(
+                        "the last backward went to some inputs only (torch.autograd.grad, or backward(inputs=...)), so "
+                        "not every parameter's gradient was seen: run loss.backward() or px.backward(losses)"
+                    )
+                )
+        return result
+
+    def scaling(self) -> Tensor | None:
+        """What the loss of the running backward was multiplied by, as the scaler has it now; it waits for no device."""
+        if self.scaler is None:
+            return None
+        device = next(iter(self.session.parameters)).parameter.device
+        with torch.no_grad():
+            scale: Tensor = self.scaler.scale(torch.ones((), device=device))
+        return scale
+
+    def note_overflow(self, result: Result, call: Call, grads: Sequence[Tensor | None]) -> None:
+        """Remember examples whose half-precision gradients became infinite."""
+        for grad, axis in zip(grads, call.out_axes, strict=True):
+            if grad is not None and grad.dtype in (torch.float16, torch.bfloat16):
+                rows = axis.front(grad, call.batch).reshape(call.batch, -1)
+                result.overflow(call.forward, rows.isinf().any(1) & ~rows.isnan().any(1), call.examples)
+
+
+def will_run(tensor: Tensor) -> bool:
+    """Whether the running backward goes through the operator that made a tensor."""
+    return tensor.grad_fn is not None and bool(torch._C._will_engine_execute_node(tensor.grad_fn))
+
+
+def check_factor(call: Call, slot: object, factor: Factor | None, batch: int) -> Factor:
+    """What a rule returned for one parameter, when it fits that parameter."""
+    source = call.slots[slot]
+    tensor = source.tensor if isinstance(source, Shared) else source.parameter
+    if factor is None:
+        raise PerexError(f"rule '{call.rule.name}' returned nothing for '{slot}' of module '{call.where}'")
+    if factor.shape != tensor.shape or factor.batch != batch:
+        raise PerexError(
+            f"rule '{call.rule.name}' returned gradients of shape {(factor.batch, *factor.shape)} for '{slot}' of "
+            f"module '{call.where}', which needs {(batch, *tensor.shape)}"
+        )
+    return factor

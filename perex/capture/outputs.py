@@ -1,0 +1,139 @@
+"""What a model returns: where the examples are in it, and in its graph."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from perex.capture.axis import Axis, Held, Lost, Single
+from perex.capture.inputs import packed_in
+from perex.capture.mode import Capture
+from perex.capture.nest import map_tensors, tensors_of
+from perex.capture.parameters import Parameters, Shared
+from perex.capture.sharding import EXIT, Exit
+from perex.errors import UnsupportedError
+
+
+class Outputs:
+    """Remembers the outputs of the latest forwards.
+
+    Args:
+        parameters: the model's parameters.
+        batch_dim: the dimension that holds the examples.
+
+    Attributes:
+        labels: each output of the latest forward, and where the examples are in it.
+        edges: for each forward since the last backward (two at most), its number and where its outputs are in the
+            graph.
+    """
+
+    def __init__(self, parameters: Parameters, batch_dim: int) -> None:
+        self.parameters = parameters
+        self.batch_dim = batch_dim
+        self.labels: list[tuple[weakref.ref[Tensor], Held | Lost]] = []
+        self.edges: list[tuple[int, list[tuple[GradientEdge, Held]]]] = []
+
+    def finish(self, capture: Capture, out: Any) -> Any:
+        """Take up what a model returns, and give out what it is to return in its place."""
+        if any(isinstance(capture.labels.of(tensor), Shared) for tensor in tensors_of(out)):
+            out = self.tap_shared(capture, out)
+        if self.parameters.sharded:
+            out = self.behind_hooks(capture, out)
+        self.take(capture, out)
+        return out
+
+    def pairs(self) -> list[tuple[Tensor, Held]]:
+        """Outputs of the latest forward through which gradients come, with their axes."""
+        found = [(tensor, label) for ref, label in self.labels if (tensor := ref()) is not None]
+        return [(t, label) for t, label in found if t.requires_grad and isinstance(label, (Axis, Single))]
+
+    def clear(self) -> None:
+        """Forget them."""
+        self.labels, self.edges = [], []
+
+    def tap_shared(self, capture: Capture, out: Any) -> Any:
+        """What a model returns, with outputs that derive from parameters alone tapped as rows of the examples.
+
+        That each loss reads its own row only is for `px.backward(losses)` to check.
+        """
+
+        def tapped(tensor: Tensor) -> Tensor:
+            label = capture.labels.of(tensor)
+            if not isinstance(label, Shared) or not tensor.requires_grad or tensor.dim() <= self.batch_dim:
+                return tensor
+            if capture.forward.batch == 1 or tensor.size(self.batch_dim) != capture.forward.batch:
+                return tensor
+            capture.forward.asks = (
+                "an output of the model derives from parameters alone, and has as many rows as there are examples: "
+                "whether each example's loss reads its own row only, `px.backward(losses)` can tell"
+            )
+            with torch._C.DisableTorchFunction():
+                return capture.meeting.returned(tensor, Axis(self.batch_dim))
+
+        return map_tensors(tapped, out)
+
+    def behind_hooks(self, capture: Capture, out: Any) -> Any:
+        """What a sharded model returns, each tensor behind an `Exit`."""
+
+        def behind(tensor: Tensor) -> Tensor:
+            label = capture.labels.of(tensor)
+            if not isinstance(label, (Axis, Single)) or not tensor.requires_grad:
+                return tensor
+            passed: Tensor = Exit.apply(tensor)
+            capture.labels.mark(passed, label)
+            return passed
+
+        return map_tensors(behind, out)
+
+    def take(self, capture: Capture, out: Any) -> None:
+        """Remember where the examples are in the outputs; refuse those in which they are mixed, or may be."""
+        self.labels = []
+        edges: list[tuple[GradientEdge, Held]] = []
+        self.edges = [*self.edges[-1:], (capture.forward.number, edges)]
+        packed = {id(sequence.data) for sequence in packed_in(out)}
+        labels = [capture.labels.of(tensor) for tensor in tensors_of(out) if tensor.requires_grad]
+        first = capture.inputs[0]
+        single_row = first.dim() > self.batch_dim and first.size(self.batch_dim) == 1
+        elsewhere = any(isinstance(label, Axis) and label.dim != self.batch_dim for label in labels)
+        alien = single_row and elsewhere and capture.forward.batch > 1
+        if labels and (alien or not any(isinstance(label, (Axis, Single, Lost)) for label in labels)):
+            capture.forward.asks = capture.forward.asks or (
+                "no output of the model has rows of the examples: is one of its inputs with as many rows the batch, or "
+                "something that all examples share? `px.backward(losses)`, with one loss an example, can tell"
+            )
+        singles = {label.example for t in tensors_of(out) if isinstance(label := capture.labels.of(t), Single)}
+        if singles and len(singles) < capture.forward.batch:
+            capture.forward.asks = (
+                "an output of the model is of one example, and not every example has one: whether only that example's "
+                "loss reads it, `px.backward(losses)` can tell"
+            )
+        for tensor in tensors_of(out):
+            label = capture.labels.of(tensor)
+            if isinstance(label, Axis) and label.owners is not None and id(tensor) not in packed:
+                if bool((label.owners.ids.diff() < 0).any()):
+                    capture.forward.asks = (
+                        "the rows of an output of the model are in another order than the examples: whether each has "
+                        "the loss of its own example, `px.backward(losses)` can tell"
+                    )
+            if capture.forward.record is not None:
+                capture.forward.record.returned(tensor, capture.labels.batch_label(tensor))
+            audited = not self.parameters.sharded or tensor.grad_fn is not None and tensor.grad_fn.name() == EXIT
+            if isinstance(label, (Axis, Single)) and tensor.requires_grad and audited:
+                edges.append((get_gradient_edge(tensor), label))
+            if isinstance(label, (Axis, Single, Lost)):
+                self.labels.append((weakref.ref(tensor), label))
+            if isinstance(label, Axis) and label.dim != self.batch_dim and capture.ambiguous is not None:
+                raise UnsupportedError(
+                    f"the model's inputs have {capture.ambiguous} along dimension {self.batch_dim}. perex took the "
+                    f"first for the batch, {capture.forward.batch}, but the output has that at dimension {label.dim}: "
+                    "hand the batch over first"
+                )
+            if not isinstance(label, Lost) or not tensor.requires_grad:
+                continue
+            if label.kind == "reduced" and (tensor.dim() or capture.doubts.counted is not None):
+                why = label if capture.doubts.counted is None else capture.doubts.counted
+                capture.watch(tensor, why, always=True)

@@ -1,0 +1,193 @@
+"""Do examples influence each other on the way back? Output gradients at the taps, under two weightings of the losses.
+
+Backward is linear: with weight $w_b$ on the loss of example $b$, its rows of every gradient are $w_b$ times what they
+are without, if they are the example's own. A custom autograd function or a gradient hook may break that, for
+example with `g - g.mean(0)`, and no run of the forward shows it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from perex.capture.axis import Held, Single
+from perex.capture.forward import Forward
+from perex.errors import ExamplesMixError, PerexError
+from perex.rules.call import Call, widen
+
+SINK = "_DDPSinkBackward"
+"""The node behind the outputs of `DistributedDataParallel`. Its first run starts what synchronises a static graph."""
+
+POWERS = 16
+"""Weights are powers of two below 2 to the 16th, of either sign: rounding then is the same with and without."""
+
+
+def weights_of(count: int, half: bool) -> Tensor:
+    """`(N,)` weights that differ between any two of 32 neighbours; in half precision they are signs alone."""
+    numbers = torch.arange(count)
+    places = (numbers + 13 * (numbers // (2 * POWERS))) % (2 * POWERS)  # so that those 32 apart differ as well
+    if half:
+        return 1.0 - 2.0 * (places ^ places >> 1 ^ places >> 2).bitwise_and(1)
+    return (1.0 - 2.0 * places.bitwise_and(1)) * 2.0 ** (places >> 1)
+
+
+def weighted(rows: Tensor, axis: Held, weights: Tensor) -> Tensor:
+    """Rows of examples times the weight of each row's example."""
+    if isinstance(axis, Single):
+        return rows * weights[axis.example].to(rows)
+    own = torch.cat([weights, weights.new_zeros(1)])[
+        axis.ids(len(weights))
+    ]  # a row of nobody's, -1, counts for nothing
+    return rows * own.to(rows).reshape([-1 if dim == axis.dim else 1 for dim in range(rows.dim())])
+
+
+class Probe:
+    """What the taps got in a weighted backward, to be compared with what they get in another one.
+
+    Of each example's output gradient $g_b$ at each tap it keeps $\\langle r, g_b \\rangle$ for one random $r$, and the
+    norm, by which deviations are measured.
+
+    Args:
+        weights: for each forward, what the losses of its examples were multiplied by, `(B,)`.
+
+    Attributes:
+        weighted: whether the backward that is running is the weighted one.
+        error: what the other one has shown, if anything.
+    """
+
+    def __init__(self, weights: Mapping[Forward, Tensor]) -> None:
+        self.weights = weights
+        self.weighted = True
+        self.error: PerexError | None = None
+        self.seen: dict[int, list[tuple[Tensor, Tensor] | None]] = {}
+        self.signs: dict[tuple[Any, ...], Tensor] = {}
+
+    def prints(self, call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor] | None]:
+        """Projection and norm of each example's rows, `(B,)` each, for each output."""
+        found: list[tuple[Tensor, Tensor] | None] = []
+        for grad, axis in zip(grads, call.out_axes, strict=True):
+            if grad is None or grad.is_sparse or not grad.numel():
+                found.append(None)
+                continue
+            rows = widen(axis.front(grad.detach(), call.batch)).resolve_conj()
+            rows = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(len(rows), -1)
+            found.append((rows @ self.sign(rows), rows.norm(dim=1)))
+        return found
+
+    def sign(self, rows: Tensor) -> Tensor:
+        """Random signs, as many as a row has elements."""
+        key = rows.size(1), rows.dtype, rows.device
+        if key not in self.signs:
+            random = torch.Generator().manual_seed(rows.size(1))
+            signs = torch.randint(2, (rows.size(1),), generator=random, dtype=torch.int8) * 2 - 1
+            self.signs[key] = signs.to(rows)
+        return self.signs[key]
+
+    def receive(self, call: Call, grads: Sequence[Tensor | None]) -> None:
+        """Take what a tap got in the weighted backward; in the other, see whether it fits."""
+        if self.weighted:
+            self.seen[id(call)] = self.prints(call, grads)
+            return
+        before = self.seen.pop(id(call), None)
+        weights = self.weights.get(call.forward)
+        if before is None or weights is None or self.error is not None:
+            return
+        for one, other in zip(before, self.prints(call, grads), strict=True):
+            if one is not None and other is not None and not fits(one, other, weights, call.examples):
+                self.error = mixed_behind(call)
+
+
+def fits(
+    weighted: tuple[Tensor, Tensor], plain: tuple[Tensor, Tensor], weights: Tensor, examples: list[int] | None
+) -> bool:
+    """Whether projections under weights are the weights times those without, as far as the precision can tell."""
+    (found, size), (once, norm) = weighted, plain
+    own = (weights if examples is None else weights[examples]).to(once)
+    eps = torch.finfo(once.dtype).eps
+    slack = eps**0.5 * torch.maximum(size, own.abs() * norm) + eps * own.abs() * norm.nan_to_num(0, 0, 0).max()
+    off = (found - own * once).abs() > slack  # false for NaN: what overflowed is no evidence
+    return not bool((off & found.isfinite() & once.isfinite()).any())
+
+
+def mixed_behind(call: Call) -> PerexError:
+    """The error for a gradient that is not in proportion to its example's loss."""
+    place = f"of module '{call.where}'" if call.where else "of the model's own parameters"
+    return ExamplesMixError(
+        f"Between the output {place} and the losses, the backward does not treat examples alone: the gradient that one "
+        "gets there is not in proportion to its own loss. A custom autograd function or a gradient hook works across "
+        "examples, or clips; or draws random numbers of its own. Then no example has a gradient of its own. Take it "
+        "off; or, if it cannot run twice, attach(..., audit=False) does without this check"
+    )
+
+
+def watched(hook: Callable[[Tensor], Tensor | None], forward: Forward, axis: Held) -> Callable[[Tensor], Any]:
+    """A gradient hook of the user's; an error if what it makes of a gradient is not each example's own.
+
+    Args:
+        hook: the user's. It is called twice where it changes the gradient.
+        forward: in which it was registered.
+        axis: of the tensor that it was registered on.
+    """
+    name = getattr(hook, "__qualname__", repr(hook))
+
+    @functools.wraps(hook)
+    def run(grad: Tensor) -> Tensor | None:
+        out = hook(grad)
+        if out is None or out is grad or out.shape != grad.shape or forward.batch < 2:
+            return out
+        weights = weights_of(forward.batch, grad.dtype == torch.float16)
+        with torch.no_grad():
+            again, expected = hook(weighted(grad, axis, weights)), weighted(out.detach(), axis, weights)
+        if again is None or not torch.allclose(again, expected, 1e-3, 1e-3 * float(out.abs().max()), equal_nan=True):
+            forward.refuse(
+                ExamplesMixError(
+                    f"The gradient hook {name} does not treat examples alone: what it makes of one's gradient is not "
+                    "in proportion to that one's loss. It works across examples, or clips, or draws random numbers; "
+                    "then no example has a gradient of its own. Take it off"
+                )
+            )
+        return out
+
+    return run
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Put random states back afterwards, so that the next backward draws what this one did."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def nodes(roots: Iterable[Node | None]) -> Iterator[Any]:
+    """All nodes of the graph behind some."""
+    waiting, seen = [node for node in roots if node is not None], set()
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [source for source, _ in node.next_functions if source is not None]
+
+
+def custom_functions(roots: Iterable[Node | None]) -> bool:
+    """Whether autograd functions that are not of torch or perex are in a graph, and nothing that forbids to run it.
+
+    That is a gradient hook of a module, or what `DistributedDataParallel` puts behind the outputs of a static graph.
+    """
+    found = False
+    for node in nodes(roots):
+        if node.name() == SINK:
+            return False
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            module = getattr(type(node), "_forward_cls", type(node)).__module__
+            if module == "torch.nn.modules._functions":
+                return False
+            found = found or not module.startswith(("perex.", "torch."))
+    return found

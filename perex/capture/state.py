@@ -1,0 +1,67 @@
+"""What modules hold beside parameters, before a forward and after it: buffers, attributes, containers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+OF_ALL_MODULES = frozenset(vars(nn.Module()))
+
+
+class State:
+    """The attributes of all modules of a model, as they are now; a forward may keep a state, a cache or a count there.
+
+    Args:
+        module: the model.
+        copies: whether to copy tensors too, so that they can be put back after they were changed in place.
+    """
+
+    def __init__(self, module: nn.Module, copies: bool) -> None:
+        self.attributes = [(owner, dict(owner.__dict__), dict(owner._buffers)) for owner in module.modules()]
+        own = [(found, name) for _, found, _ in self.attributes for name in found if name not in OF_ALL_MODULES]
+        held = [found[name] for found, name in own]
+        self.contents = [(value, copy.copy(value)) for value in held if isinstance(value, (list, dict, set, deque))]
+        buffers = [b for _, _, found in self.attributes for b in found.values() if b is not None]
+        tensors = [value for value in (*held, *buffers) if type(value) is Tensor and not value.requires_grad]
+        self.copies = {id(tensor): (tensor, tensor.detach().clone()) for tensor in tensors if copies}
+
+    def put(self) -> None:
+        """Put it back; where tensors were copied, modules get copies of these copies."""
+        fresh = {key: kept.clone() for key, (_, kept) in self.copies.items()}
+        for owner, found, buffers in self.attributes:
+            owner.__dict__.clear()
+            owner.__dict__.update({n: fresh.get(id(v), v) if type(v) is Tensor else v for n, v in found.items()})
+            owner._buffers.clear()
+            owner._buffers.update({name: fresh.get(id(buffer), buffer) for name, buffer in buffers.items()})
+        for container, before in self.contents:
+            refill(container, before)
+
+
+def refill(container: Any, before: Any) -> None:
+    """Give a container the contents that it had."""
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+
+
+@contextlib.contextmanager
+def starting_from(state: State, module: nn.Module) -> Iterator[None]:
+    """Run from an earlier state of a model, and leave no trace on it, nor on random states."""
+    now = State(module, copies=False)
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
+    try:
+        state.put()
+        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+            yield
+    finally:
+        now.put()
+        random.setstate(python)
+        np.random.set_state(numpy)

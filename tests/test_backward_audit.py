@@ -1,0 +1,181 @@
+"""The audit of the backward: custom autograd functions and gradient hooks that work across examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import Bare, check, no_trace
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import perex
+
+B, T, D = 5, 4, 3
+
+
+def data(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def function(backward: Any) -> Any:
+    """An autograd function that gives what it gets, with a backward of its own."""
+
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return backward(grad)
+
+    return Custom.apply
+
+
+def net(between: Any) -> Bare:
+    torch.manual_seed(0)
+    model = Bare(lambda m, x: m.second(between(m.first(x)).sin()))
+    model.first, model.second = nn.Linear(D, D), nn.Linear(D, D)
+    return model.double()
+
+
+def hooked(hook: Any) -> Any:
+    def between(h: Tensor) -> Tensor:
+        h = h * 1.0
+        h.register_hook(hook)
+        return h
+
+    return between
+
+
+MIXING = {
+    "centred": lambda g: g - g.mean(0),
+    "by the batch's norm": lambda g: g / g.norm(),
+    "clipped": lambda g: g.clamp(-1e-3, 1e-3),
+    "turned": lambda g: g.flip(0),
+    "the largest alone": lambda g: g * (g.abs() == g.abs().max()),
+    "noise": lambda g: g + 1e-3 * torch.randn_like(g),
+    "only positive": lambda g: g.relu(),
+    "cumulative": lambda g: g.cumsum(0),
+}
+
+
+@pytest.mark.parametrize("param_grads", [True, False])
+@pytest.mark.parametrize("by", [function, hooked])
+@pytest.mark.parametrize("case", MIXING)
+def test_a_backward_that_mixes(case, by, param_grads):
+    model = net(by(MIXING[case]))
+    with no_trace(model), perex.attach(model, param_grads=param_grads) as px:
+        with pytest.raises(perex.ExamplesMixError, match="alone"):
+            px.backward(model(data(B, T, D)).sin().sum((1, 2)))
+        with pytest.raises(perex.PerexError):
+            px.norms()
+        model(data(B, T, D)).sin().sum((1, 2)).mean().backward()
+        with pytest.raises(perex.ExamplesMixError, match="alone"):
+            px.norms()
+
+
+def test_a_hook_of_a_module():
+    model = net(lambda h: h)
+    model.second.register_full_backward_hook(lambda m, gi, go: (gi[0] - gi[0].mean(0),))
+    with perex.attach(model) as px, pytest.raises(perex.ExamplesMixError, match="'first'"):
+        px.backward(model(data(B, T, D)).sin().sum((1, 2)))
+
+
+HARMLESS = {
+    "passed on": lambda g: g,
+    "reversed": lambda g: -0.3 * g,
+    "over positions": lambda g: g - g.mean(1, keepdim=True),
+    "masked": lambda g: g * (torch.arange(D) != 1),
+    "looked at": lambda g: None,
+}
+
+
+@pytest.mark.parametrize("by", [function, hooked])
+@pytest.mark.parametrize("case", HARMLESS)
+def test_a_backward_that_keeps_examples_apart(case, by):
+    backward = HARMLESS[case]
+    check(net(by(backward if by is hooked else lambda g: g if backward(g) is None else backward(g))), (data(B, T, D),))
+
+
+@pytest.mark.parametrize("size", [2, 33, 70])
+def test_pairs_far_apart_are_told_apart(size):
+    """Weights repeat; the neighbours of an example have others."""
+    model = net(function(lambda g: g + 1e-3 * g.roll(1, 0)))
+    with perex.attach(model) as px, pytest.raises(perex.ExamplesMixError):
+        px.backward(model(data(size, T, D)).sin().sum((1, 2)))
+
+
+def test_switched_off():
+    model = net(function(MIXING["centred"]))
+    with perex.attach(model, audit=False) as px:
+        px.backward(model(data(B, T, D)).sin().sum((1, 2)))
+        assert px.norms().shape == (B,)
+
+
+def test_hooks_run_once_more_with_losses_and_not_without():
+    calls: list[int] = []
+    model = net(hooked(lambda g: calls.append(1)))
+    with perex.attach(model) as px:
+        for _ in range(2):
+            px.backward(model(data(B, T, D)).sin().sum((1, 2)))
+        assert len(calls) == 3
+        model(data(B, T, D)).sin().sum((1, 2)).mean().backward()
+        assert len(calls) == 4
+
+
+def test_gradients_are_as_without():
+    """One more backward leaves nothing: not in `.grad`, not in streams of random numbers."""
+
+    def grads(attach: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        model = net(lambda h: checkpoint(torch.nn.functional.dropout, h, use_reentrant=False, preserve_rng_state=False))
+        x = data(B, T, D).requires_grad_()
+        if attach:
+            with perex.attach(model, loss_reduction="sum") as px:
+                px.backward(model(x).sin().sum((1, 2)))
+        else:
+            model(x).sin().sum((1, 2)).sum().backward()
+        return [x.grad, *(p.grad for p in model.parameters()), torch.rand(3)]
+
+    for ours, theirs in zip(grads(True), grads(False), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_can_run_once_only():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.own = x.cos()
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            own, ctx.own = ctx.own, None
+            if own is None:
+                raise RuntimeError("gone")
+            return grad * own
+
+    model = net(Once.apply)
+    with perex.attach(model), pytest.raises(perex.UnsupportedError, match="once only.*audit=False"):
+        model(data(B, T, D))
+    with perex.attach(model, audit=False) as px:
+        px.backward(model(data(B, T, D)).sin().sum((1, 2)))
+        assert px.norms().shape == (B,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    for case, exact in (("centred", False), (None, True)):
+        model = net(function(MIXING[case] if case else lambda g: g)).float()
+        with perex.attach(model) as px:
+            with torch.autocast("cpu", dtype):
+                losses = model(data(B, T, D).float()).float().sin().sum((1, 2))
+            if exact:
+                px.backward(losses * 1e-4)
+                assert px.norms().shape == (B,)
+            else:
+                with pytest.raises(perex.ExamplesMixError):
+                    px.backward(losses)
