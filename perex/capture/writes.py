@@ -1,0 +1,121 @@
+"""Writing to parts of a tensor, `target[index] = value`: whose what was written then is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from perex.capture.axis import Label, Lost
+from perex.capture.carry import COUNTS, FAMILIES, Operation, tensors_in
+from perex.capture.families.elementwise import aligned
+from perex.capture.labels import BATCHED, COUNTED, LOST, Mark
+from perex.capture.parameters import Shared
+from perex.rules.broadcast import fill
+
+if TYPE_CHECKING:
+    from perex.capture.mode import Capture
+
+
+def masked_write(target: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    """What `target` holds after `target[mask] = value`."""
+    written = target.clone()
+    written[mask] = value
+    return written
+
+
+def put(target: Tensor, index: Any, value: Tensor) -> Tensor:
+    """What `target` holds after `target[index] = value`."""
+    written = target.clone()
+    written[index] = value
+    return written
+
+
+def leading(operation: Operation) -> Label:
+    """The axis of a tensor whose leading dimensions are those of a mask."""
+    if not operation.only(*operation.args[:2]):
+        return operation.mixed("pairs examples with each other")
+    return operation.agreed(axis for _, axis in operation.batched())
+
+
+FAMILIES[fill], FAMILIES[masked_write] = aligned, leading  # operators of perex's own
+
+
+class Writes:
+    """Labels and taps what a forward writes to parts of tensors.
+
+    Args:
+        capture: the capture of that forward.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+        self.labels = capture.labels
+        self.refuse = capture.refuse
+
+    def item(self, kinds: int, target: Tensor, index: Any, value: Any) -> None:
+        """`target[index] = value`: label what is written, and tap it where a parameter is written to examples."""
+        shared = self.labels.source(value) is not None
+        if torch.is_grad_enabled() and shared and self.labels.kind(target, self.labels.of(target)) == BATCHED:
+            if isinstance(index, Tensor) and index.dtype == torch.bool and value.dim() <= target.dim() - index.dim():
+                self.where(target, index, value)
+                return
+            piece = target[index]
+            while value.dim() > piece.dim():  # as torch does: leading dimensions of size one may be too many
+                value = self.capture.derive(Tensor.squeeze, (value, 0), {})
+            label = self.labels.of_results(Tensor.__getitem__, (target, index), {}, piece, [piece])[0]
+            self.labels.mark(piece, label)
+            target[index] = self.capture.meet(fill, (piece, value), {})
+            return
+        held = self.labels.of(target)
+        own = isinstance(held, Shared) and held.tensor.data_ptr() == target.data_ptr()
+        if torch.is_grad_enabled() and own and not kinds & BATCHED:
+            self.capture.derive(Tensor.__setitem__, (target, index, value), {})
+            return
+        fresh = (held is None and not target.requires_grad) or isinstance(held, Shared)
+        if torch.is_grad_enabled() and shared and fresh and target._base is None and not kinds & (BATCHED | LOST):
+            written = self.capture.derive(put, (target, index, value), {})
+            target.copy_(written)  # from here on it derives from parameters
+            self.labels.mark(target, self.labels.of(written))
+            return
+        if torch.is_grad_enabled() and shared:
+            why = "writes a parameter into a tensor that holds no examples"
+            raise self.refuse.unsupported(Tensor.__setitem__, why)
+        before = self.labels.of(target)
+        target[index] = self.labels.stand_in(value)
+        found = [label for t in tensors_in(index) if (label := self.labels.batch_label(t)) is not None]
+        for label in found:
+            if isinstance(label, Lost):
+                self.capture.doubts.add("__setitem__", label)
+        if any(not isinstance(label, Lost) or label.kind not in COUNTS for label in found):
+            self.overwrite(target, before, self.labels.written(target, index, value))
+        elif kinds & LOST or isinstance(before, Shared):
+            lost = before if isinstance(before, Lost) else self.labels.of(value)
+            unknown = Lost("unknown", "`__setitem__` writes what perex cannot follow")
+            self.overwrite(target, before, lost if isinstance(lost, Lost) else unknown)
+        elif kinds & COUNTED and isinstance(value, Tensor) and isinstance(count := self.labels.of(value), Lost):
+            if target.is_floating_point():
+                count = count._replace(kind="bent")
+            self.overwrite(target, before, count if before is None else self.labels.batch_label(target))
+            if before is not None:
+                self.capture.doubts.add("__setitem__", count)
+        elif isinstance(value, Tensor) and self.labels.held(value) is not None:
+            self.overwrite(target, before, self.labels.written(target, index, value))
+
+    def overwrite(self, target: Tensor, before: Mark, label: Label) -> None:
+        """Label a tensor into which examples were written; an error if that mixes them and the loss depends on it."""
+        if isinstance(label, Lost):
+            label = self.refuse.placed(label)
+        if isinstance(label, Lost) and torch.is_grad_enabled() and target.requires_grad:
+            self.capture.watch(target, label)
+        if before is None or before != label:
+            self.labels.rewrite(target, label)
+        if isinstance(label, Lost) and label.kind not in COUNTS:
+            self.labels.spoil(target, label)
+
+    def where(self, target: Tensor, mask: Tensor, value: Tensor) -> None:
+        """`target[mask] = value` with one value for all positions."""
+        before = target.clone()
+        self.labels.mark(before, self.labels.of(target))
+        target.copy_(self.capture.meet(masked_write, (before, mask, value), {}))
