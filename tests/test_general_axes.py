@@ -168,8 +168,22 @@ def in_and_out_of_numpy_shape(m: nn.Module, x: Tensor) -> Tensor:
     return m.w(y)
 
 
-MOVES = [there_and_back, stacked_twice, interleaved, only_some, packed, scattered, one_by_one,
-         one_by_one_in_a_list, two_halves, folded_in_any_order, examples_in_channels,
+def overlapping_chunks(m: nn.Module, x: Tensor) -> Tensor:
+    """Windows that share rows, in memory whose dimensions are in another order, as Longformer's."""
+    y = x.transpose(0, 1).contiguous().transpose(0, 1)
+    b, t, d = y.shape
+    windows = y.as_strided((b, t - 1, 2, d), (y.stride(0), y.stride(1), y.stride(1), y.stride(2)))
+    return m.w(windows)
+
+
+def past_its_own_rows(m: nn.Module, x: Tensor) -> Tensor:
+    """From a piece of every example into memory that is another piece's."""
+    piece = x[:, :1]
+    return m.w(piece.as_strided(x.shape, x.stride(), piece.storage_offset()))
+
+
+MOVES = [there_and_back, overlapping_chunks, past_its_own_rows, stacked_twice, interleaved, only_some, packed,
+         scattered, one_by_one, one_by_one_in_a_list, two_halves, folded_in_any_order, examples_in_channels,
          in_and_out_of_numpy_shape]  # fmt: skip
 
 
@@ -178,6 +192,10 @@ MOVES = [there_and_back, stacked_twice, interleaved, only_some, packed, scattere
 def test_rearranged_batch_is_exact_or_refused(function, shape):
     net = nn.Sequential(with_layers(function, w=nn.Linear(shape[2], 5)), nn.Tanh())
     exact_or_refused(net, (torch.randn(*shape),))
+
+
+def test_overlapping_chunks_are_exact():
+    check(with_layers(overlapping_chunks, w=nn.Linear(4, 5)), (torch.randn(3, 5, 4),))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (3, 3, 3), (1, 3, 4)], ids=str)

@@ -25,12 +25,33 @@ def moves(op: Operation) -> Label | list[Label]:
     """Operators that only move elements: run on whose each element is, they say whose each element of a result is."""
     tensors: list[Tensor] = []
     args, kwargs = pack((op.args, op.kwargs), tensors)
-    if op.name == "as_strided" and not (tensors[0].is_contiguous() and tensors[0].storage_offset() == 0):
-        return op.unknown("reads memory that other tensors share")
+    if op.name == "as_strided":
+        return strided(op, tensors[0], op.results[0])
     numbers = [owners(op, tensor) for tensor in tensors]
     with torch._C.DisableTorchFunction(), torch.no_grad():
         found = tensors_in(op.func(*unpack(args, numbers), **unpack(kwargs, numbers)))
     return [whose(op, result.cpu() - 1) for result in found]
+
+
+def strided(op: Operation, tensor: Tensor, result: Tensor) -> Label:
+    """The label of a view with strides of its own, which must stay within the memory that `tensor` itself fills."""
+    start = int(result.storage_offset()) - int(tensor.storage_offset())
+    reach = sum(stride * (size - 1) for size, stride in zip(result.shape, result.stride(), strict=True))
+    if not fills_memory(tensor) or start < 0 or start + reach >= tensor.numel():
+        return op.unknown("reads memory that other tensors share")
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        memory = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.int64).copy_(owners(op, tensor))
+        return whose(op, memory.as_strided(result.shape, result.stride(), start) - 1)
+
+
+def fills_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's elements lie side by side, in whatever order of dimensions."""
+    dense = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != dense:
+            return False
+        dense *= size
+    return True
 
 
 def owners(op: Operation, tensor: Tensor) -> Tensor:
