@@ -6,6 +6,7 @@ WORKERS ?= 2
 VENV    := .venv
 PY      := $(VENV)/bin/python
 READY   := $(VENV)/.ready
+OTHERS  := $(VENV)/.others
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint types demo coverage clean
@@ -37,7 +38,12 @@ types: $(READY)  ## check types
 demo: $(READY)  ## train on 500 real MNIST images, score 4,500 more, show what the scores are good for
 	$(PY) examples/mnist.py $(ARGS)
 
-coverage: $(READY)  ## run perex, vmap and Opacus on hundreds of architectures, into docs/coverage.md (half an hour)
+# The packages whose networks the coverage runs beside transformers. Without what they depend on: torchvision is of it.
+$(OTHERS): $(READY) benchmarks/coverage/others.txt
+	$(PY) -m pip install -qq --disable-pip-version-check --no-deps -r benchmarks/coverage/others.txt
+	@touch $@
+
+coverage: $(OTHERS)  ## run perex, vmap and Opacus on hundreds of architectures, into docs/coverage.md (half an hour)
 	$(PY) benchmarks/coverage/run.py $(ARGS)
 	$(PY) benchmarks/coverage/table.py $$(ls benchmarks/results/coverage-*.jsonl | tail -n 1)
 

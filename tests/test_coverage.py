@@ -17,13 +17,15 @@ def run(*command: object) -> str:
     return done.stdout
 
 
-def test_one_architecture_and_its_page(tmp_path):
+def test_two_architectures_and_their_page(tmp_path):
     results, page = tmp_path / "results.jsonl", tmp_path / "page.md"
-    run(FOLDER / "run.py", "--only", "mixtral", "--out", results)
-    (row,) = [row for line in results.read_text().splitlines() if "type" in (row := json.loads(line))]
-    assert row["type"] == "mixtral"
-    assert row["perex"]["status"] == row["training"]["status"] == "exact"
-    assert row["perex"]["error"] < 1e-9
-    assert {row["vmap"]["status"], row["opacus"]["status"]} <= {"exact", "wrong", "error"}
+    for name in ("mixtral", "torch/LSTM"):
+        run(FOLDER / "run.py", "--only", name, "--out", results)
+    rows = [row for line in results.read_text().splitlines() if "type" in (row := json.loads(line))]
+    assert [(row["type"], row["source"]) for row in rows] == [("mixtral", "transformers"), ("torch/LSTM", "torch")]
+    for row in rows:
+        assert row["perex"]["status"] == row["training"]["status"] == "exact"
+        assert row["perex"]["error"] < 1e-9
+        assert {row["vmap"]["status"], row["opacus"]["status"]} <= {"exact", "wrong", "error"}
     run(FOLDER / "table.py", results, "--out", page)
-    assert "mixtral" in page.read_text()
+    assert "| mixtral" in page.read_text() and "| torch/LSTM" in page.read_text()

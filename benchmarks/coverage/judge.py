@@ -202,8 +202,11 @@ def by_vmap(model: nn.Module, inputs: Inputs, loss: Loss) -> Norms:
     """
     unmasked = {n: t for n, t in inputs.tensors.items() if not (n.endswith("attention_mask") and bool(t.all()))}
     first: Exception | None = None
-    usual = model.config._attn_implementation
-    for tensors, attention in ((inputs.tensors, None), (unmasked, None), (unmasked, "eager")):
+    choices: list[tuple[dict[str, Tensor], str | None]] = [(inputs.tensors, None), (unmasked, None)]
+    if hasattr(model, "set_attn_implementation"):  # a model of transformers
+        usual = model.config._attn_implementation
+        choices.append((unmasked, "eager"))
+    for tensors, attention in choices:
         try:
             if attention:
                 model.set_attn_implementation(attention)
@@ -236,8 +239,7 @@ def by_opacus(model: nn.Module, inputs: Inputs, loss: Loss) -> Norms:
     """Opacus's norm mode. It looks at modules in training mode only; dropout is zero, and batch norm stays as it is."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
-    with torch.no_grad():
-        expected = loss.each(model(**inputs.all()))
+    expected = loss.each(model(**inputs.all())).detach()  # with gradients: without, torch may take other paths
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):

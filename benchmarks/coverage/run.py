@@ -1,7 +1,8 @@
-"""Run perex, `torch.func.vmap` and Opacus over every architecture of transformers, against the loop.
+"""Run perex, `torch.func.vmap` and Opacus over every architecture of transformers and others, against the loop.
 
 python benchmarks/coverage/run.py                           all that the results of today do not hold yet
 python benchmarks/coverage/run.py --only 'bert*' --ways perex
+python benchmarks/coverage/run.py --only '*/*'              the networks of other packages alone
 python benchmarks/coverage/run.py --redo refused,error      again those, too
 """
 
@@ -36,10 +37,12 @@ import transformers.models.llama.modeling_llama  # noqa: E402
 from fixes import CONFIG  # noqa: E402
 from inputs import Inputs, attempts, padded  # noqa: E402
 from judge import WAYS, Loss, Norms, batch_gap, by_batch, by_loop, by_perex, compare  # noqa: E402
+from others import installed  # noqa: E402
 from shrink import shrink  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # noqa: E402
+from zoo import CASES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,7 +82,7 @@ def promote() -> None:
 
 
 def build(kind: str, name: str, experts: str | None) -> nn.Module:
-    """A small model with random weights, none of them zero or degenerate."""
+    """A small model of transformers."""
     config = shrink(CONFIG_MAPPING[kind](), CONFIG.get(kind))
     if experts:
         config._experts_implementation = experts
@@ -93,7 +96,12 @@ def build(kind: str, name: str, experts: str | None) -> nn.Module:
         largest = sorted(sizes, key=sizes.__getitem__)[-3:]
         raise ValueError(f"too large: {sum(sizes.values()):,} parameters, {[(n, sizes[n]) for n in largest]}")
     torch.manual_seed(0)
-    model = cls(config).double().eval()
+    return settled(cls(config))
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """A model with random weights, none of them zero or degenerate."""
+    model = model.double().eval()
     random = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
@@ -104,6 +112,9 @@ def build(kind: str, name: str, experts: str | None) -> nn.Module:
 
 def prepare(kind: str, row: dict[str, Any]) -> tuple[Any, ...]:
     """The first class and inputs that the loop can run; notes what it took in the row."""
+    if kind in CASES:
+        found = looped(settled(CASES[kind].build()), CASES[kind].make_inputs())
+        return noted(row, found, kind.split("/")[1], [])
     problems = []
     for name in classes(kind):
         for experts in (None, "eager"):
@@ -116,23 +127,35 @@ def prepare(kind: str, row: dict[str, Any]) -> tuple[Any, ...]:
                 try:
                     if isinstance(inputs, Exception):
                         raise inputs
-                    loss = Loss.of(model, inputs)
-                    oracle = by_loop(model, inputs, loss)
-                    total = sum(oracle[0].values())
-                    if not (total.isfinite().all() and (total > FAINT).all()):
-                        raise ValueError(f"the loop's norms are {total.tolist()}")
+                    found = looped(model, inputs)
                 except Exception as error:
                     problems.append(f"{name}{' eager experts' if experts else ''}: {inputs}: {brief(error)}")
                     continue
-                row.update({"class": name, "inputs": str(inputs), "outputs": list(loss.weights), "problems": problems})
                 if experts:
                     row["experts"] = experts
-                row["parameters"] = sum(p.numel() for p in model.parameters())
-                row["reached"] = sum(bool(v.any()) for v in oracle[0].values()) / len(oracle[0])
-                return model, inputs, loss, oracle
+                return noted(row, found, name, problems)
             if not any("expert" in n for n, _ in model.named_modules()):
                 break
     raise RuntimeError("\n".join(problems) or "no class")
+
+
+def looped(model: nn.Module, inputs: Inputs) -> tuple[Any, ...]:
+    """The model, its inputs, a loss, and what the loop makes of them."""
+    loss = Loss.of(model, inputs)
+    oracle = by_loop(model, inputs, loss)
+    total = sum(oracle[0].values())
+    if not (total.isfinite().all() and (total > FAINT).all()):
+        raise ValueError(f"the loop's norms are {total.tolist()}")
+    return model, inputs, loss, oracle
+
+
+def noted(row: dict[str, Any], found: tuple[Any, ...], name: str, problems: list[str]) -> tuple[Any, ...]:
+    """The same, after what a row says of it is noted."""
+    model, inputs, loss, oracle = found
+    row.update({"class": name, "inputs": str(inputs), "outputs": list(loss.weights), "problems": problems})
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    row["reached"] = sum(bool(v.any()) for v in oracle[0].values()) / len(oracle[0])
+    return found
 
 
 def judge(kind: str, ways: Sequence[str], pipe: Connection) -> None:
@@ -201,7 +224,8 @@ def row_of(kind: str, ways: Sequence[str]) -> dict[str, Any]:
     start = time.monotonic()
     process.start()
     theirs.close()
-    row: dict[str, Any] = {"type": kind, "part": bool(CONFIG_MAPPING[kind].base_config_key)}
+    row: dict[str, Any] = {"type": kind, "source": CASES[kind].package if kind in CASES else "transformers"}
+    row["part"] = kind not in CASES and bool(CONFIG_MAPPING[kind].base_config_key)
     try:
         while ours.poll(max(0.0, start + SECONDS - time.monotonic())):
             row.update(ours.recv())
@@ -227,13 +251,18 @@ def status(row: dict[str, Any], way: str) -> str:
 
 
 def kinds(only: str) -> Iterator[str]:
-    """The model types to run: one for every class."""
+    """The model types to run: one for every class of transformers, and what is installed of the other packages."""
     taken = set()
     for kind in CONFIG_MAPPING_NAMES:
         names = classes(kind)
         if fnmatch.fnmatch(kind, only) and names and names[0] not in taken:
             taken.add(names[0])
             yield kind
+    others = {kind: case.package for kind, case in CASES.items() if fnmatch.fnmatch(kind, only)}
+    there = installed(others.values())
+    if missing := sorted(set(others.values()) - set(there)):
+        print("not installed, and left out:", ", ".join(missing), flush=True)
+    yield from (kind for kind, package in others.items() if package in there)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -258,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     todo = [kind for kind in kinds(options.only) if missing(kind)][: options.limit]
     about = {"date": str(datetime.date.today()), "file": options.out.name}
     about |= {name: importlib.metadata.version(name) for name in ("torch", "transformers", "opacus", "perex")}
+    about["others"] = installed(case.package for case in CASES.values())
     with options.out.open("a") as file:
         file.write(json.dumps(about) + "\n")
     start = time.monotonic()

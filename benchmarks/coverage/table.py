@@ -133,7 +133,7 @@ def unrunnable(rows: list[Row]) -> str:
 INTRO = """
 Every architecture of transformers {transformers} that could be shrunk to run here: {ran} model types, each with one
 class and one set of inputs, {date}, torch {torch}, Opacus {opacus}. They come from transformers' own auto-model
-mappings, not from a list of favourites. `make coverage` runs them and writes this page;
+mappings, not from a list of favourites. {beside}`make coverage` runs them and writes this page;
 [the raw results](../benchmarks/results/{file}) hold every message.
 
 Each model is made small by one table of attribute names, with all parameters moved off their initial values, and run
@@ -155,6 +155,13 @@ These models compute something else for a batch than for its examples one by one
 in the forward, or a result that depends on the batch. They are not counted above. Where perex gives numbers, they are
 compared with each loss's gradient in the graph of the whole batch.
 """
+BESIDE = "After them come {count} networks of [other packages](#other-packages). "
+OTHERS = """
+{count} networks of other public packages that nobody here wrote, judged by the same code: {packages}. Here the list is
+ours ([zoo.py](../benchmarks/coverage/zoo.py)), of what runs on a CPU without torchvision and takes its examples as
+tensors, and so are the small configurations and the inputs. Masks differ from example to example. Brackets name a
+variant of the same class.
+"""
 LEGEND = """
 *reached*: how many of the parameters got a gradient; few, where a model was given text alone. A number is the worst
 relative error over parameters and examples. *pad*: with padding; *train*: in a training step; *mixes*: with padding,
@@ -170,43 +177,84 @@ def filled(text: str) -> str:
 
 def page(about: Row, rows: list[Row]) -> str:
     """The whole page."""
-    ran = [row for row in rows if "class" in row]
-    odd = [row for row in ran if row["gap"] > GAP]
-    told = [row for row in ran if row["gap"] <= GAP]
+    ours = [row for row in rows if row.get("source", "transformers") == "transformers"]
+    others = [row for row in rows if row.get("source", "transformers") != "transformers"]
+    ran, odd, told = sorted_out(ours)
     whole = [row for row in told if not row.get("part")]
-    head = ["model type", "class", "inputs", "reached", "perex", "pad", "train", "vmap", "Opacus"]
+    beside = BESIDE.format(count=len(others)) if others else ""
     parts = [
         "# Coverage",
-        filled(INTRO.format(**about, ran=len(ran))),
+        filled(INTRO.format(**about, ran=len(ran), beside=beside)),
         summary(told),
         f"Without those that are a part of another model (its text or vision tower), {len(whole)} are left:",
         summary(whole),
         filled(BETWEEN.format(padded=counted(told, "padded"), training=counted(told, "training"))),
         "## Where a batch is not its examples",
         filled(ODD),
-        table(
-            ["model type", "batch against loop", "perex"],
-            [[called(r), f"{r['gap']:.0e}", cell(r, "perex")] for r in odd],
-            1,
-        ),
+        mixed(odd),
         "## One by one",
         filled(LEGEND),
-        table(
-            head,
-            [[called(r), r["class"], names(r), f"{r['reached']:.0%}", *(cell(r, way) for way in WAYS)] for r in told],
-            3,
-        ),
+        one_by_one(told),
         "## What was not run",
-        f"{len(rows) - len(ran)} model types that the loop could not run here:",
-        unrunnable([row for row in rows if "class" not in row]),
+        f"{len(ours) - len(ran)} model types that the loop could not run here:",
+        unrunnable([row for row in ours if "class" not in row]),
         "## What does not work in perex",
-        failures(told, "perex") or "Nothing on this page.",
+        *problems(told),
     ]
-    exact = [row for row in told if status(row, "perex") == "exact"]
+    return "\n\n".join(parts + (other_packages(about, others) if others else [])) + "\n"
+
+
+def other_packages(about: Row, rows: list[Row]) -> list[str]:
+    """The second part of the page."""
+    ran, odd, told = sorted_out(rows)
+    counts = Counter(row["source"] for row in ran)
+    versions = {"torch": about["torch"]} | about.get("others", {})
+    packages = ", ".join(f"{name} {versions.get(name, '')} ({count})" for name, count in counts.most_common())
+    parts = [
+        "## Other packages",
+        filled(OTHERS.format(count=len(ran), packages=packages)),
+        summary(told),
+        f"perex in an ordinary training step: {counted(told, 'training')}.",
+    ]
+    if odd:
+        parts += ["A batch is not its examples in these, which are not counted above:", mixed(odd)]
+    if failed := [row for row in rows if "class" not in row]:
+        parts += ["The loop could not run these:", "\n".join(f"- {row['type']}: {why(row)}" for row in failed)]
+    return [*parts, "What does not work in perex:", *problems(told), "One by one:", one_by_one(told)]
+
+
+def sorted_out(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+    """Those that ran; of them, those whose batch is not its examples; and the rest of them."""
+    ran = [row for row in rows if "class" in row]
+    return ran, [row for row in ran if row["gap"] > GAP], [row for row in ran if row["gap"] <= GAP]
+
+
+def why(row: Row) -> str:
+    """Why the loop did not run."""
+    return (row.get("loop") or row.get("ended") or "").splitlines()[0][:200]
+
+
+def mixed(rows: list[Row]) -> str:
+    """The table of those whose batch is not its examples."""
+    body = [[called(row), f"{row['gap']:.0e}", cell(row, "perex")] for row in rows]
+    return table(["model type", "batch against loop", "perex"], body, 1)
+
+
+def one_by_one(rows: list[Row]) -> str:
+    """The table with a line for each."""
+    head = ["model type", "class", "inputs", "reached", "perex", "pad", "train", "vmap", "Opacus"]
+    body = [[called(r), r["class"], names(r), f"{r['reached']:.0%}", *(cell(r, way) for way in WAYS)] for r in rows]
+    return table(head, body, 3)
+
+
+def problems(rows: list[Row]) -> list[str]:
+    """What does not work in perex, and what does not only with padding or in a training step."""
+    parts = [failures(rows, "perex") or "Nothing on this page."]
+    exact = [row for row in rows if status(row, "perex") == "exact"]
     for title, way in (("With padding only:", "padded"), ("In a training step only:", "training")):
         if found := failures(exact, way):
             parts += [title, found]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def called(row: Row) -> str:
