@@ -121,9 +121,11 @@ class Result:
         values: dict[Entry, Tensor] = {}
         for entry in tracked:
             parts = [self.part(group[0], entry, index) for group in groups]
-            overflowed = [self.overflowed(group, parts[0].device) for group in groups]
-            value = torch.cat(parts)
-            values[entry] = value.masked_fill(torch.cat(overflowed) & value.isnan(), float("inf"))
+            value = torch.cat(parts) if len(parts) > 1 else parts[0]
+            if any(share.overflowed is not None for share in shares):
+                overflowed = torch.cat([self.overflowed(group, value.device) for group in groups])
+                value = value.masked_fill(overflowed & value.isnan(), float("inf"))
+            values[entry] = value
         return values, sum(group[0].forward.batch for group in groups)
 
     def part(self, share: Share, entry: Entry, index: int) -> Tensor:

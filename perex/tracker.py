@@ -181,11 +181,9 @@ class Tracker:
     def squared_norms(self, by: By | None = None) -> Tensor | dict[str, Tensor]:
         """Squares of `norms`, which add up over parameters. See there."""
         values, scale = self._values(0)
-        squared = {entry: value * scale**2 for entry, value in values.items()}
-        result = self._backwards.result
-        scaled = result.scaled if result is not None else None
-        if scaled is not None:
-            squared = {entry: value / scaled.to(value) ** 2 for entry, value in squared.items()}
+        if by is None:
+            return self._unscaled(added_up(list(values.values())), scale)
+        squared = {entry: self._unscaled(value, scale) for entry, value in values.items()}
         if by == "parameter":
             return {entry.name: value for entry, value in squared.items()}
         if by == "module":
@@ -194,12 +192,13 @@ class Tracker:
                 present = modules.get(entry.module)
                 modules[entry.module] = value if present is None else present + value.to(present.device)
             return modules
-        if by is not None:
-            raise ArgumentError(f"by={by!r}: it is None, 'parameter' or 'module'")
-        total, *others = squared.values()
-        for value in others:
-            total = total + value.to(total.device)
-        return total
+        raise ArgumentError(f"by={by!r}: it is None, 'parameter' or 'module'")
+
+    def _unscaled(self, squared: Tensor, scale: float) -> Tensor:
+        """Squares of gradients of the examples' own losses, from those of the loss that was run backward."""
+        result = self._backwards.result
+        squared = squared * scale**2
+        return squared if result is None or result.scaled is None else squared / result.scaled.to(squared) ** 2
 
     def read(self, quantity: Quantity) -> dict[str, Tensor]:
         """The values of a further quantity given to `attach`, by parameter.
@@ -273,3 +272,13 @@ class Tracker:
         values, batch = result.values(index, self._relation)
         scale = result.scale if result.scale is not None else float(batch if self._mean else 1)
         return values, scale
+
+
+def added_up(values: list[Tensor]) -> Tensor:
+    """The sum of `(B,)` tensors, on the first one's device."""
+    if len({(value.dtype, value.device) for value in values}) == 1:
+        return torch.stack(values).sum(0)
+    total, *others = values
+    for value in others:
+        total = total + value.to(total.device)
+    return total

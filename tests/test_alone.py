@@ -292,3 +292,14 @@ def test_what_modules_keep_is_as_after_one_forward():
             assert px.norms().shape == (B,)
             assert (model.count, model.seen, model.by_name) == (calls, [B] * calls, {"last": B})
             assert model.in_place is held and bool((held == calls).all())
+
+
+def test_a_container_that_is_not_to_be_written_to():
+    class Frozen(dict):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("frozen")
+
+    model = net(lambda m, x: m.second(m.first(x)) * m.config["scale"])
+    model.config = Frozen(scale=2.0)
+    check(model, (data(B, T, D),))
+    assert model.config == {"scale": 2.0}

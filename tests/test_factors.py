@@ -8,7 +8,8 @@ from torch import Tensor
 
 from perex.factors import Dense, Factor, Outer, Patches, Rows, Total
 from perex.kernels import blocks, convolution, outer, segments
-from perex.kernels.convolution import Geometry
+from perex.kernels.geometry import Geometry
+from perex.kernels.strategies import Preferences, preferring
 
 B, V, D = 5, 7, 4  # the parameter is (V, D)
 
@@ -74,15 +75,37 @@ def test_a_sum_that_cancels_is_not_negative():
     assert (total.squared_norm() >= 0).all() and total.squared_norm().max() < 1e-12
 
 
-@pytest.mark.parametrize(("positions", "groups"), [(1, 1), (3, 1), (3, 2), (50, 2)])
+@pytest.mark.parametrize(("positions", "groups"), [(1, 1), (3, 1), (3, 2), (50, 2), (150, 1)])
 def test_outer_norm_is_the_same_by_either_form(positions, groups, monkeypatch):
     left, right = random(B, groups, positions, 6), random(B, groups, positions, 5)
     expected = (left.mT @ right).square().sum((1, 2, 3))
     for block in (1, 100, 2**20):
         monkeypatch.setattr(blocks, "BLOCK", block)
-        torch.testing.assert_close(outer.direct_squared_norm(left, right), expected)
+        for name in outer.NORMS.plans(left.shape, right.shape):
+            torch.testing.assert_close(outer.NORMS.ways[name].run(left, right), expected)
         torch.testing.assert_close(outer.gram_dot(left, right, left, right), expected)
         torch.testing.assert_close(outer.squared_norm(left, right), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [0.0, 1e-4, 1e-2, 1.0])
+def test_positions_that_cancel(shift, dtype):
+    """Where the Gram form loses its digits, the gradient is multiplied out: as a loop does."""
+    left, right = random(16, 1, 1, 64).to(dtype), random(16, 1, 1, 64).to(dtype)
+    lefts, rights = torch.cat((left, -(1 + shift) * left), 2), torch.cat((right, right), 2)
+    expected = (lefts.double().mT @ rights.double()).square().sum((1, 2, 3))
+    with preferring(Preferences(("Gram",))):
+        found = outer.squared_norm(lefts, rights)
+    slack = 100 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double().sqrt(), expected.sqrt(), rtol=slack * 100, atol=slack * 64)
+
+
+def test_images_that_cancel():
+    x, grads = random(4, 1, 8, 5, 5), random(4, 1, 8, 5, 5)
+    geometry = Geometry(torch.Size((8, 8, 3, 3)), (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    factor = Patches(torch.cat((x, x), 1), torch.cat((grads, -grads), 1), geometry)
+    with preferring(Preferences(("pixel Gram",))):
+        assert float(factor.squared_norm().abs().max()) < 1e-24
 
 
 def test_segments_keep_examples_and_repeated_ids_apart():
@@ -137,10 +160,8 @@ def test_the_ways_to_the_norm_of_a_convolution_agree(case, rows):
     )  # fmt: skip
     factor = Patches(x, random(B, rows, *out.shape[1:]), geometry)
     expected = multiplied_out(factor).square().sum(1)
-    torch.testing.assert_close(convolution.unfolded_squared_norm(factor.x, factor.grads, geometry), expected)
     torch.testing.assert_close(factor.squared_norm(), expected)
-    convolution.CALL, call = -(10**12), convolution.CALL
-    try:
-        torch.testing.assert_close(factor.squared_norm(), expected)
-    finally:
-        convolution.CALL = call
+    for way in convolution.NORMS.ways:
+        with preferring(Preferences((way,))):
+            assert factor.plan().way.startswith(way)
+            torch.testing.assert_close(factor.squared_norm(), expected)

@@ -312,3 +312,12 @@ def test_checkpointed_experts():
     model = Bare(forward)
     model.layer = nn.Linear(D, D)
     check(model, (data(B, T, D),))
+
+
+def test_a_cell_on_positions_of_all_examples():
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.out(m.cell(x.flatten(0, 1), x.flatten(0, 1).sin()).view_as(x))
+
+    model = Bare(forward)
+    model.cell, model.out = nn.GRUCell(4, 4), nn.Linear(4, 2)
+    check(model.double(), (torch.randn(3, 5, 4),))

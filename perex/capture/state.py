@@ -46,7 +46,13 @@ class State:
 
 
 def refill(container: Any, before: Any) -> None:
-    """Give a container the contents that it had."""
+    """Give a container the contents that it had, if it has others now; some would rather not be written to."""
+    now, then = (list(c.items()) if isinstance(c, dict) else list(c) for c in (container, before))
+    flat = [(a, b) for a, b in zip(now, then, strict=False)]
+    if isinstance(container, dict):
+        flat = [pair for (key, value), (other, held) in flat for pair in ((key, other), (value, held))]
+    if len(now) == len(then) and (now == then if isinstance(container, set) else all(a is b for a, b in flat)):
+        return
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(before)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
-from perex.kernels.outer import square
+from perex.kernels.outer import squares
 from perex.kernels.plan import Plan
 
 
@@ -38,11 +39,11 @@ class Dense(Factor):
 
     def squared_norm(self) -> Tensor:
         """See `Factor.squared_norm`."""
-        return square(self.values).flatten(1).sum(1) if self.values.dim() > 1 else square(self.values)
+        return squares(self.values.reshape(self.batch, math.prod(self.shape)), 1)
 
     def plan(self) -> Plan:
-        """See `Factor.plan`: values and their squares."""
-        return Plan("dense", 2 * self.values.numel(), 2 * self.values.numel())
+        """See `Factor.plan`."""
+        return Plan("dense", 2 * self.values.numel(), self.values.numel())
 
     def merge(self, other: Factor) -> Factor | None:
         """Two dense factors add up."""

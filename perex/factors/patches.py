@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
-from perex.kernels.convolution import Geometry, plan, sizes, squared_norm, weight_gradient
+from perex.kernels.convolution import plan, squared_norm
+from perex.kernels.geometry import Geometry, sizes, weight_gradient
 from perex.kernels.plan import Plan
 
 

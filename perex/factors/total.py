@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
+from perex.kernels.cancellation import recomputed
+from perex.kernels.outer import squares
 
 
 class Total(Factor):
@@ -38,14 +40,18 @@ class Total(Factor):
 
     def squared_norm(self) -> Tensor:
         r"""$\sum_i \|G^{(i)}\|^2 + 2 \sum_{i<j} \langle G^{(i)}, G^{(j)} \rangle$."""
-        first, *others = self.factors
-        out = first.squared_norm()
-        for i, factor in enumerate(others, start=1):
-            out = out + factor.squared_norm()
+        sizes = torch.stack([factor.squared_norm() for factor in self.factors]).sum(0)
+        out = sizes
+        for i, factor in enumerate(self.factors):
             for earlier in self.factors[:i]:
                 if not factor.apart(earlier):
                     out = out + 2 * factor.dot(earlier)
-        return out.clamp_min(0) if others else out  # rounding may leave a sum of squares below zero
+        return sizes if out is sizes else recomputed(out, sizes, self.multiplied_out)
+
+    def multiplied_out(self, examples: Tensor) -> Tensor:
+        """Squared norms of some examples, `(n,)`, of gradients that were added up first."""
+        dense = (self.dense(b, b + 1).reshape(1, -1) for b in examples.tolist())
+        return torch.cat([squares(gradient, 1) for gradient in dense])
 
     def dot(self, other: Factor) -> Tensor:
         r"""$\sum_i \langle G^{(i)}, H \rangle$."""

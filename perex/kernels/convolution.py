@@ -1,110 +1,37 @@
-r"""Per-example weight gradients of convolutions, and their norms."""
+r"""Squared norms of per-example weight gradients of convolutions, $G_b = \sum_p g_{bp} u_{bp}^\top$.
+
+$u_{bp}$ is the patch of the input under output position $p$. In a transposed convolution, input and output gradient
+exchange their roles: *wide* is what the kernel moves over, *narrow* has a row for each place that it takes.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from perex.kernels import outer
 from perex.kernels.blocks import block_size, example_blocks
+from perex.kernels.cancellation import recomputed
+from perex.kernels.geometry import Geometry, options_of, patches, sizes, weight_gradient, weight_gradients
+from perex.kernels.outer import squares
 from perex.kernels.plan import Plan
+from perex.kernels.strategies import Strategies
 
+NORMS = Strategies("convolutions")
+"""Ways to $\\|G_b\\|^2$, for `x` of shape `(B, R, C_in, *spatial)` and `grads` `(B, R, C_out, *spatial')`, R images an
+example. Their constants were measured on two CPU cores, against a batched weight gradient of the same shapes."""
 
-@dataclass(frozen=True)
-class Geometry:
-    """The options of a convolution that decide which weight gradient goes with which input.
+CALL = 8_000_000
+"""What a backend call for one example costs beside its arithmetic, in multiply-adds."""
 
-    `weight_shape` is `(C_out, C_in / groups, *kernel)`, or `(C_in, C_out / groups, *kernel)` when transposed.
-    """
-
-    weight_shape: torch.Size
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-
-
-def weight_gradient(x: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
-    r"""The gradient of a convolution's weight, summed over rows.
-
-    Args:
-        x: input, `(R, C_in, *spatial)`.
-        grad: output gradient, `(R, C_out, *spatial')`.
-        geometry: the convolution's options.
-
-    Returns:
-        Tensor of `geometry.weight_shape`.
-    """
-    if x.numel() == 0 or grad.numel() == 0:
-        return x.new_zeros(geometry.weight_shape)
-    weight = x.new_zeros(()).expand(geometry.weight_shape)  # its values are not read, only its shape
-    return torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.transposed,
-        geometry.output_padding,
-        geometry.groups,
-        [False, True, False],
-    )[1]
-
-
-CALL = 300_000
-"""What a backend call costs beside its arithmetic, in multiply-adds."""
-
-
-def sizes(x: torch.Size, grads: torch.Size, geometry: Geometry) -> tuple[int, int, int]:
-    """Positions of an example, and rows and columns of the weight of one group."""
-    narrow = x if geometry.transposed else grads
-    rows, columns = geometry.weight_shape[0] // geometry.groups, math.prod(geometry.weight_shape[1:])
-    return narrow[1] * math.prod(narrow[3:]), rows, columns
-
-
-def unfolds(x: torch.Size, grads: torch.Size, geometry: Geometry) -> bool:
-    """Whether unfolding patches is cheaper than a backend call for each example."""
-    positions, rows, columns = sizes(x, grads, geometry)
-    direct = geometry.groups * positions * rows * columns
-    gram = geometry.groups * positions**2 * (rows + columns)
-    return min(direct, gram) + 4 * geometry.groups * positions * columns < direct + CALL
-
-
-def plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
-    """What `squared_norm` does with an input and output gradient of these shapes.
-
-    Args:
-        x: `(B, R, C_in, *spatial)`.
-        grads: `(B, R, C_out, *spatial')`.
-        geometry: the convolution's options.
-    """
-    batch, groups = x[0], geometry.groups
-    if x.numel() == 0 or grads.numel() == 0:
-        return Plan("nothing", 0, 0)
-    positions, rows, columns = sizes(x, grads, geometry)
-    if unfolds(x, grads, geometry):
-        left, right = torch.Size((batch, groups, positions, rows)), torch.Size((batch, groups, positions, columns))
-        inner = outer.plan(left, right)
-        patches = block_size(batch, groups * positions * columns) * groups * positions * columns
-        return Plan(f"unfolded, {inner.way}", inner.flops, inner.elements + patches)
-    entries = groups * rows * columns
-    return Plan("call per example", 2 * batch * entries * (positions + 1), 2 * entries)
+SCATTERED, FEW_ENTRIES, FEW_POSITIONS = 350, 2**17, 256
+"""What a call for several examples costs for each entry of the weight, unless these are few and positions many."""
 
 
 def squared_norm(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
-    r"""$\|G_b\|^2$ by the cheaper of two ways.
-
-    One backend call an example multiplies $G_b$ out. Or patches are unfolded, a few examples at a time, and their
-    outer products with the output gradient take the direct or Gram form (`perex.kernels.outer`): better where calls
-    are small, or positions few and channels many.
+    r"""$\|G_b\|^2$ in the cheapest way.
 
     Args:
         x: input, `(B, R, C_in, *spatial)`, R rows (images) an example.
@@ -114,54 +41,152 @@ def squared_norm(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     Returns:
         Tensor `(B,)`.
     """
-    batch = x.shape[0]
-    if batch == 0 or x.numel() == 0 or grads.numel() == 0:
-        return grads.new_zeros(batch)
-    if unfolds(x.shape, grads.shape, geometry):
-        return unfolded_squared_norm(x, grads, geometry)
-    gradients = (weight_gradient(x[b], grads[b], geometry) for b in range(batch))
-    return torch.stack([outer.square(gradient).sum() for gradient in gradients])
+    if x.numel() == 0 or grads.numel() == 0:
+        return grads.new_zeros(x.shape[0])
+    return NORMS.run((x.shape, grads.shape, geometry), x, grads, geometry)
 
 
-def unfolded_squared_norm(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
-    r"""$\|\sum_p g_p u_p^\top\|^2$ with the patches $u_p$ unfolded, a few examples at a time.
+def plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
+    """What `squared_norm` does with an input and output gradient of these shapes."""
+    if x.numel() == 0 or grads.numel() == 0:
+        return Plan("nothing", 0, 0)
+    return NORMS.choose(x, grads, geometry)
 
-    A transposed convolution is the same with the roles of input and output gradient exchanged.
 
-    Args:
-        x: `(B, R, C_in, *spatial)`.
-        grads: `(B, R, C_out, *spatial')`.
-        geometry: the convolution's options.
+def _multiplied_out(x: torch.Size, grads: torch.Size, geometry: Geometry) -> tuple[int, int, int]:
+    """Positions, entries of the weight, and operations to multiply all examples out and square them."""
+    positions, rows, columns = sizes(x, grads, geometry)
+    entries = geometry.groups * rows * columns
+    return positions, entries, 2 * x[0] * entries * (positions + 1)
 
-    Returns:
-        Tensor `(B,)`.
-    """
+
+def _calls(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
+    _, entries, flops = _multiplied_out(x, grads, geometry)
+    return Plan("call per example", flops, entries, x[0] * entries, 1.0, x[0] * CALL)
+
+
+@NORMS.way("call per example", _calls)
+def call_per_example(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    """$G_b$ multiplied out by one call of the backend for each example."""
+    gradients = (weight_gradient(x[b], grads[b], geometry) for b in range(x.shape[0]))
+    return torch.cat([squares(gradient.reshape(1, -1), 1) for gradient in gradients])
+
+
+def _grouped(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
+    positions, entries, flops = _multiplied_out(x, grads, geometry)
+    block = block_size(x[0], entries)
+    few = entries <= FEW_ENTRIES and positions >= FEW_POSITIONS
+    calls = x[0] * entries * (0 if few else SCATTERED) + -(-x[0] // block) * CALL
+    return Plan("grouped calls", flops, block * entries, 2 * x[0] * entries, 1.1, calls) if x[0] > 1 else None
+
+
+@NORMS.way("grouped calls", _grouped)
+def grouped_calls(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    """$G_b$ of several examples in one call of the backend, each example a group of channels."""
+    parts = []
+    for i, j in example_blocks(x.shape[0], math.prod(geometry.weight_shape)):
+        gradients = weight_gradients(x[i:j], grads[i:j], *options_of(geometry))
+        parts.append(squares(gradients.flatten(1), 1))
+    return torch.cat(parts)
+
+
+def _unfolded(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
+    batch, groups = x[0], geometry.groups
+    positions, rows, columns = sizes(x, grads, geometry)
+    inner = outer.plan(torch.Size((batch, groups, positions, rows)), torch.Size((batch, groups, positions, columns)))
+    entries = groups * positions * columns
+    elements = inner.elements + block_size(batch, entries) * entries
+    return Plan(f"unfolded, {inner.way}", inner.flops, elements, inner.moved + 2 * batch * entries, 1.3, inner.calls)
+
+
+@NORMS.way("unfolded", _unfolded)
+def unfolded(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    r"""$\|\sum_p g_p u_p^\top\|^2$ with the patches unfolded, a few examples at a time; see `perex.kernels.outer`."""
     narrow, wide = (x, grads) if geometry.transposed else (grads, x)
     positions, columns = narrow.shape[1] * math.prod(narrow.shape[3:]), math.prod(geometry.weight_shape[1:])
     parts = []
     for i, j in example_blocks(x.shape[0], geometry.groups * positions * columns):
-        left = narrow[i:j].unflatten(2, (geometry.groups, -1)).movedim(2, 1).movedim(3, -1)  # (b, G, R, *spatial, m)
-        right = patches(wide[i:j], narrow.shape[3:], geometry)
-        parts.append(outer.squared_norm(left.flatten(2, -2), right))
+        left = by_group(narrow[i:j], geometry.groups).flatten(2, -2)  # (b, G, T, m)
+        parts.append(outer.squared_norm(left, patches(wide[i:j], narrow.shape[3:], geometry)))
     return torch.cat(parts)
 
 
-def patches(wide: Tensor, places: torch.Size, geometry: Geometry) -> Tensor:
-    """The patch under each place of the kernel.
+def by_group(images: Tensor, groups: int) -> Tensor:
+    """`(b, R, C, *spatial)` as `(b, G, R, *spatial, C / G)`."""
+    return images.unflatten(2, (groups, -1)).movedim(2, 1).movedim(3, -1)
+
+
+def _pixel_gram(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
+    narrow, wide = (x, grads) if geometry.transposed else (grads, x)
+    pixels, places = wide[1] * math.prod(wide[3:]), narrow[1] * math.prod(narrow[3:])
+    products = geometry.groups * (pixels**2 * (wide[2] // geometry.groups) + places**2 * (narrow[2] // geometry.groups))
+    kernel, shifts = geometry.weight_shape[2:], 0
+    sides, now = list(wide[3:]), wide[1] ** 2 * math.prod(wide[3:]) ** 2
+    for axis, (size, place) in enumerate(zip(kernel, narrow[3:], strict=True)):
+        now = now // sides[axis] ** 2 * place**2
+        shifts += size * now if size > 1 else 0
+    largest = geometry.groups * max(pixels, places) ** 2
+    block = block_size(x[0], largest) * largest
+    moved = geometry.groups * (pixels**2 + shifts + 2 * places**2) * x[0]
+    return Plan("pixel Gram", x[0] * (2 * products + geometry.groups * (shifts + 2 * places**2)), 3 * block, moved, 1.1)
+
+
+@NORMS.way("pixel Gram", _pixel_gram)
+def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    r"""$\sum_{pq} (g_p \cdot g_q)(u_p \cdot u_q)$, with $u_p \cdot u_q = \sum_k x_{p+k} \cdot x_{q+k}$.
+
+    The Gram matrix of pixels is shifted along both of its sides and added up, one spatial dimension after the other:
+    the size of the kernel times channels never appears.
+    """
+    narrow, wide = (x, grads) if geometry.transposed else (grads, x)
+    spatial = wide.dim() - 3
+    pixels, places = wide.shape[1] * math.prod(wide.shape[3:]), narrow.shape[1] * math.prod(narrow.shape[3:])
+    totals, diagonals = [], []
+    for i, j in example_blocks(x.shape[0], geometry.groups * max(pixels, places) ** 2):
+        rows, columns = by_group(narrow[i:j], geometry.groups), by_group(wide[i:j], geometry.groups)
+        flat = columns.flatten(2, -2)
+        grams = (flat @ flat.mT).reshape(*columns.shape[:-1], *columns.shape[2:-1])  # (b, G, R, *S, R, *S)
+        for axis in range(spatial):
+            grams = shifted(grams, 3 + axis, 4 + spatial + axis, narrow.shape[3 + axis], geometry, axis)
+        flat = rows.flatten(2, -2)
+        product = (flat @ flat.mT).mul_(grams.reshape(*flat.shape[:3], flat.shape[2]))  # (b, G, T, T)
+        totals.append(product.sum((1, 2, 3)))
+        diagonals.append(product.diagonal(dim1=2, dim2=3).sum((1, 2)))
+    return recomputed(torch.cat(totals), torch.cat(diagonals), lambda b: call_per_example(x[b], grads[b], geometry))
+
+
+def shifted(grams: Tensor, one: int, other: int, places: int, geometry: Geometry, axis: int) -> Tensor:
+    r"""$\sum_k M[ps + k, qs + k]$ along two dimensions, which stand for the same spatial one; zero outside.
 
     Args:
-        wide: what the kernel moves over, `(b, R, C, *spatial)`.
-        places: how many places it takes in each spatial dimension.
+        grams: products of pixels.
+        one: a dimension of it, of pixels.
+        other: the other one.
+        places: how many places the kernel takes.
         geometry: the convolution's options.
+        axis: which of the spatial dimensions it is.
 
     Returns:
-        Tensor `(b, G, T, n)`, with T the places of all R rows and n the columns of the weight.
+        The same, with places in these dimensions.
     """
-    kernel = geometry.weight_shape[2:]
-    padded = F.pad(wide, [side for size in reversed(geometry.padding) for side in (size, size)])
-    for axis, (size, step, spread, count) in enumerate(
-        zip(kernel, geometry.stride, geometry.dilation, places, strict=True), start=3
-    ):
-        padded = padded.unfold(axis, spread * (size - 1) + 1, step).narrow(axis, 0, count)[..., ::spread]
-    grouped = padded.unflatten(2, (geometry.groups, -1)).movedim(2, 1)  # (b, G, R, C/G, *places, *kernel)
-    return grouped.movedim(3, 3 + len(kernel)).flatten(3 + len(kernel)).flatten(2, -2)
+    size, step = geometry.weight_shape[2 + axis], geometry.stride[axis]
+    pixels = grams.shape[one]
+    if size == 1 and step == 1 and not geometry.padding[axis] and pixels == places:
+        return grams
+    shape = [places if dim in (one, other) else n for dim, n in enumerate(grams.shape)]
+    total = grams.new_zeros(shape)
+    for k in range(size):
+        offset = k * geometry.dilation[axis] - geometry.padding[axis]
+        first = max(0, -(offset // step))  # the first place at which the pixel exists
+        last = min(places - 1, (pixels - 1 - offset) // step)
+        count = last - first + 1
+        if count <= 0:
+            continue
+        start = first * step + offset
+        source = grams
+        for dim in (one, other):
+            source = source.narrow(dim, start, (count - 1) * step + 1)
+            if step > 1:
+                source = source[(slice(None),) * dim + (slice(None, None, step),)]
+        total.narrow(one, first, count).narrow(other, first, count).add_(source)
+    return total

@@ -2,46 +2,25 @@ r"""Squared norms and inner products of sums of outer products, $G_b = \sum_t l_
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from perex.kernels.blocks import block_size, example_blocks
+from perex.kernels.cancellation import recomputed
 from perex.kernels.plan import Plan
+from perex.kernels.strategies import Strategies
 
+NORMS = Strategies("outer products")
+"""Ways to $\\|G_b\\|^2$, for `left` of shape `(B, G, T, m)` and `right` `(B, G, T, n)`, with G independent groups."""
 
-def choose(positions: int, m: int, n: int) -> Literal["one position", "Gram", "direct"]:
-    """The cheapest form for `positions` outer products of `m` by `n` entries."""
-    if positions == 1:
-        return "one position"
-    return "Gram" if positions * (m + n) < m * n else "direct"
-
-
-def plan(left: torch.Size, right: torch.Size) -> Plan:
-    """What `squared_norm` does with tensors of these shapes.
-
-    Args:
-        left: `(B, G, T, m)`.
-        right: `(B, G, T, n)`.
-    """
-    batch, groups, positions, m = left
-    n = right[3]
-    way = choose(positions, m, n)
-    if way == "one position":
-        return Plan(way, 2 * batch * groups * (m + n + 1), batch * groups * (m + n))
-    if way == "Gram":
-        pairs = groups * positions**2
-        return Plan(way, 2 * batch * pairs * (m + n + 1), 3 * block_size(batch, pairs) * pairs)
-    entries = groups * m * n
-    return Plan(way, 2 * batch * entries * (positions + 1), 2 * block_size(batch, entries) * entries)
+PIECES, SHORTEST = 4, 32
+"""Into how many pieces positions are split for symmetric products, and how short these may be."""
 
 
 def squared_norm(left: Tensor, right: Tensor) -> Tensor:
-    r"""$\|G_b\|^2$ by the cheapest of three forms.
-
-    One position: $\|l\|^2 \|r\|^2$. Otherwise *direct*, $2 T m n$ operations an example to multiply $G_b$
-    out, or *Gram*, $\sum_{ts} (l_t \cdot l_s)(r_t \cdot r_s)$ with $2 T^2 (m + n)$.
+    r"""$\|G_b\|^2$ in the cheapest form.
 
     Args:
         left: `(B, G, T, m)`, for G independent groups.
@@ -50,31 +29,79 @@ def squared_norm(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         Tensor `(B,)`.
     """
-    positions, m, n = left.shape[2], left.shape[3], right.shape[3]
-    way = choose(positions, m, n)
-    if way == "one position":
-        return (square(left).sum(3) * square(right).sum(3)).sum((1, 2))
-    if way == "Gram":
-        return gram_dot(left, right, left, right)
-    return direct_squared_norm(left, right)
+    return NORMS.run((left.shape, right.shape), left, right)
 
 
-def direct_squared_norm(left: Tensor, right: Tensor) -> Tensor:
-    r"""$\|\sum_t l_t r_t^\top\|^2$, multiplied out a few examples at a time.
+def plan(left: torch.Size, right: torch.Size) -> Plan:
+    """What `squared_norm` does with tensors of these shapes."""
+    return NORMS.choose(left, right)
 
-    Args:
-        left: `(B, G, T, m)`.
-        right: `(B, G, T, n)`.
 
-    Returns:
-        Tensor `(B,)`.
-    """
-    elements = left.shape[1] * left.shape[3] * right.shape[3]
-    parts = []
-    for i, j in example_blocks(left.shape[0], elements):
-        gradient = left[i:j].mT @ right[i:j]  # (b, G, m, n)
-        parts.append(square(gradient).sum((1, 2, 3)))
+def _one_position(left: torch.Size, right: torch.Size) -> Plan | None:
+    batch, groups, positions, m = left
+    elements = batch * groups * (m + right[3])
+    return Plan("one position", 2 * elements + 2 * batch * groups, elements) if positions == 1 else None
+
+
+@NORMS.way("one position", _one_position)
+def one_position(left: Tensor, right: Tensor) -> Tensor:
+    r"""$\|l\|^2 \|r\|^2$."""
+    return (squares(left, 3) * squares(right, 3)).sum((1, 2))
+
+
+def _direct(left: torch.Size, right: torch.Size) -> Plan | None:
+    batch, groups, positions, m = left
+    entries = groups * m * right[3]
+    flops = 2 * batch * entries * (positions + 1)
+    return Plan("direct", flops, block_size(batch, entries) * entries, batch * entries)
+
+
+@NORMS.way("direct", _direct)
+def direct(left: Tensor, right: Tensor) -> Tensor:
+    r"""$\|\sum_t l_t r_t^\top\|^2$, multiplied out a few examples at a time: $2 T m n$ operations an example."""
+    entries = left.shape[1] * left.shape[3] * right.shape[3]
+    parts = [squares((left[i:j].mT @ right[i:j]).flatten(1), 1) for i, j in example_blocks(left.shape[0], entries)]
     return torch.cat(parts)
+
+
+def pieces(positions: int) -> Iterator[tuple[int, int]]:
+    """Ranges of positions, for products of each with itself and all before it."""
+    step = max(SHORTEST, -(-positions // PIECES))
+    yield from ((start, min(start + step, positions)) for start in range(0, max(positions, 1), step))
+
+
+def _gram(left: torch.Size, right: torch.Size) -> Plan | None:
+    batch, groups, positions, m = left
+    if positions == 1:
+        return None
+    pairs = groups * sum((stop - start) * stop for start, stop in pieces(positions))
+    largest = groups * positions * max((stop - start for start, stop in pieces(positions)), default=0)
+    block = block_size(batch, largest) * largest
+    return Plan("Gram", 2 * batch * pairs * (m + right[3] + 1), 2 * block, 2 * batch * pairs)
+
+
+@NORMS.way("Gram", _gram)
+def gram(left: Tensor, right: Tensor) -> Tensor:
+    r"""$\sum_{ts} (l_t \cdot l_s)(r_t \cdot r_s)$: about $T^2 (m + n)$ operations an example.
+
+    It is symmetric: a piece of positions is multiplied with itself and, counted twice, with those before it.
+    """
+    batch, groups, positions, _ = left.shape
+    ranges = list(pieces(positions))
+    largest = groups * positions * max((stop - start for start, stop in ranges), default=0)
+    totals, diagonals = [], []
+    for i, j in example_blocks(batch, largest):
+        total = diagonal = left.new_zeros(j - i, dtype=left.dtype.to_real())
+        for start, stop in ranges:
+            lefts = left[i:j, :, start:stop] @ left[i:j, :, :stop].mH  # (b, G, piece, stop)
+            rights = right[i:j, :, start:stop] @ right[i:j, :, :stop].mH
+            product = lefts.mul_(rights).real if lefts.is_complex() else lefts.mul_(rights)
+            before, within = product[..., :start], product[..., start:]
+            total = total + within.sum((1, 2, 3)) + 2 * before.sum((1, 2, 3))
+            diagonal = diagonal + within.diagonal(dim1=2, dim2=3).sum((1, 2))
+        totals.append(total)
+        diagonals.append(diagonal)
+    return recomputed(torch.cat(totals), torch.cat(diagonals), lambda b: direct(left[b], right[b]))
 
 
 def gram_dot(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:
@@ -94,10 +121,10 @@ def gram_dot(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tenso
     for i, j in example_blocks(left.shape[0], elements):
         lefts = left[i:j] @ other_left[i:j].mT  # (b, G, T, S)
         rights = right[i:j] @ other_right[i:j].mT
-        parts.append((lefts * rights).sum((1, 2, 3)))
+        parts.append(lefts.mul_(rights).sum((1, 2, 3)))
     return torch.cat(parts)
 
 
-def square(x: Tensor) -> Tensor:
-    """Elementwise square; of complex numbers, of their modulus."""
-    return (x * x.conj()).real if x.is_complex() else x * x
+def squares(x: Tensor, dim: int) -> Tensor:
+    r"""$\sum |x|^2$ over a dimension, without a tensor of squares."""
+    return torch.linalg.vector_norm(x, dim=dim).square()

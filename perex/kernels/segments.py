@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perex.kernels.outer import square
+from perex.kernels.outer import squares
 from perex.kernels.plan import Plan
 
 
@@ -36,4 +36,4 @@ def squared_norm(ids: Tensor, grads: Tensor, table_rows: int) -> Tensor:
     keys, segment = torch.unique(examples * table_rows + ids.long(), return_inverse=True)
     rows = grads.new_zeros(len(keys), grads.shape[2])
     rows.index_add_(0, segment.flatten(), grads.flatten(0, 1))
-    return out.index_add_(0, keys // table_rows, square(rows).sum(1))
+    return out.index_add_(0, keys // table_rows, squares(rows, 1))

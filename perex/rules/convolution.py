@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perex.factors import Dense, Factor, Patches
-from perex.kernels.convolution import Geometry
+from perex.kernels.geometry import Geometry
 from perex.rules.call import Captured
 from perex.rules.registry import operator_rule
 

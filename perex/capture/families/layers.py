@@ -255,8 +255,9 @@ FAMILIES[torch._VF._pad_packed_sequence] = unpack
 
 @family("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
 def recurrent_cell(op: Operation) -> Label:
-    """`(input, hx, weights)`, examples on dimension 0 everywhere."""
+    """`(input, hx, weights)`, rows of the same examples on dimension 0 everywhere."""
     x, state = op.args[:2]
     axes = {axis for _, axis in op.batched()}
     own = op.only(x, *(state if isinstance(state, (list, tuple)) else (state,)))
-    return Axis(0) if axes == {Axis(0)} and own and x.dim() == 2 else op.mixed()
+    axis = min(axes, key=repr)
+    return axis if len(axes) == 1 and axis.dim == 0 and own and x.dim() == 2 else op.mixed()

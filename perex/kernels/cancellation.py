@@ -1,0 +1,31 @@
+r"""Where terms of a sum cancel, what is left is rounding: then the number is computed in another way.
+
+$\|\sum_t G_t\|^2$ as a sum of inner products is off by about $\epsilon \sum_t \|G_t\|^2$, however small it is itself;
+multiplied out first, only by $\epsilon$ of itself and of what cancels entry by entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def recomputed(values: Tensor, sizes: Tensor, exact: Callable[[Tensor], Tensor]) -> Tensor:
+    r"""Squared norms, those replaced that are small beside the squares they are sums over.
+
+    Args:
+        values: `(B,)`, from inner products.
+        sizes: `(B,)`, $\sum_t \|G_t\|^2$.
+        exact: squared norms of some examples, `(n,)` numbers, without inner products.
+
+    Returns:
+        Tensor `(B,)`, of which no more than a quarter of the digits went to cancellation.
+    """
+    small = values <= torch.finfo(values.dtype).eps ** 0.25 * sizes
+    small &= sizes > 0
+    if not bool(small.any()):
+        return values
+    examples = small.nonzero().flatten()
+    return values.index_copy(0, examples, exact(examples).to(values.dtype))
