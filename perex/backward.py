@@ -16,6 +16,7 @@ from perex.capture.probe import SINK, Probe, nodes, same_draws, weights_of
 from perex.capture.session import Session
 from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor, Few
+from perex.kernels.strategies import Preferences, preferring
 from perex.quantities import Quantity
 from perex.result import Result
 from perex.rules.call import Call, Captured
@@ -34,6 +35,7 @@ class Backwards:
         param_grads: whether `.grad` is computed too.
         audit: whether backwards of losses are checked for examples that influence each other.
         scaler: of the loss that is run backward, if one is used.
+        preferences: which ways to the norms to take.
 
     Attributes:
         session: the session whose forwards these are backwards of; set by who makes both.
@@ -45,12 +47,18 @@ class Backwards:
     session: Session
 
     def __init__(
-        self, quantities: Sequence[Quantity], param_grads: bool, audit: bool, scaler: torch.amp.GradScaler | None
+        self,
+        quantities: Sequence[Quantity],
+        param_grads: bool,
+        audit: bool,
+        scaler: torch.amp.GradScaler | None,
+        preferences: Preferences,
     ) -> None:
         self.quantities = quantities
         self.param_grads = param_grads
         self.audit = audit
         self.scaler = scaler
+        self.preferences = preferences
         self.audited: set[tuple[object, ...]] = set()
         self.latest: Forward | None = None
         self.pending: list[weakref.ref[Forward]] = []
@@ -198,7 +206,7 @@ class Backwards:
         if any(grad is not None and axis.stray(grad) for grad, axis in zip(grads, call.out_axes, strict=True)):
             result.refuse(UnsupportedError(STRAY.format(call.where, call.name)))
         device = saved[0].device.type if saved else "cpu"
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), torch.autocast(device, enabled=False), preferring(self.preferences):
             captured = Captured(call, saved, grads)
             self.note_overflow(result, call, grads)
             factors = call.rule.function(captured)

@@ -13,6 +13,7 @@ from perex.backward import Backwards
 from perex.capture.parameters import Entry, Selection
 from perex.capture.session import Session
 from perex.errors import ArgumentError, AttachError, LossError, NotReadyError, PerexError
+from perex.kernels.strategies import Preferences, known_strategies, preferring
 from perex.quantities import Quantity, SquaredNorms
 from perex.report import Report, rows_of, shared_of
 from perex.result import Result
@@ -30,6 +31,8 @@ def attach(
     forwards: Literal["same", "further"] | None = None,
     audit: bool = True,
     grad_scaler: torch.amp.GradScaler | None = None,
+    strategies: str | Sequence[str] = (),
+    autotune: bool = False,
 ) -> Tracker:
     r"""Attach perex to a model, to read per-example gradient norms after a backward.
 
@@ -54,6 +57,11 @@ def attach(
             runs gradient hooks too, has to bring gradients in proportion.
         grad_scaler: the scaler of the loss that is run backward, as in `scaler.scale(loss).backward()`: norms are then
             of the loss before scaling. `px.backward(losses)` scales by itself.
+        strategies: ways to the norms to take wherever they apply, the first one first, in place of the cheapest: of
+            linear layers `"direct"`, `"Gram"`; of convolutions `"call per example"`, `"grouped calls"`, `"unfolded"`,
+            `"pixel Gram"`. `px.report()` shows what was taken.
+        autotune: whether to measure the ways that apply, once for each shape, and take the fastest, rather than the
+            one that counting operations and bytes says is. The first steps are slower for that.
 
     Returns:
         A `Tracker`, which is also a context manager that detaches on exit.
@@ -81,7 +89,14 @@ def attach(
     for quantity in quantities:
         if not isinstance(quantity, Quantity):
             raise AttachError(f"{quantity!r} is no perex.Quantity; parameters are chosen with `params=`")
-    return Tracker(model, quantities, params, loss_reduction, batch_dim, param_grads, forwards, audit, grad_scaler)
+    names = (strategies,) if isinstance(strategies, str) else tuple(strategies)
+    for name in names:
+        if name not in known_strategies():
+            raise AttachError(f"strategies: {name!r} is none of {', '.join(sorted(known_strategies()))}")
+    preferences = Preferences(names, autotune)
+    return Tracker(
+        model, quantities, params, loss_reduction, batch_dim, param_grads, forwards, audit, grad_scaler, preferences
+    )
 
 
 class Tracker:
@@ -98,11 +113,12 @@ class Tracker:
         forwards: Literal["same", "further"] | None,
         audit: bool,
         grad_scaler: torch.amp.GradScaler | None,
+        preferences: Preferences,
     ) -> None:
         self._quantities: list[Quantity] = [SquaredNorms(), *quantities]
         self._mean = loss_reduction == "mean"
         self._relation = forwards
-        self._backwards = Backwards(self._quantities, param_grads, audit, grad_scaler)
+        self._backwards = Backwards(self._quantities, param_grads, audit, grad_scaler, preferences)
         self._session = Session(model, params, param_grads, batch_dim, self._backwards, audit)
         self._backwards.session = self._session
 
@@ -251,7 +267,9 @@ class Tracker:
             except PerexError as error:
                 refused = f"{type(error).__name__}: {error}"
         forwards = 1 if result is None else len(result.shares)
-        return Report(rows_of(latest), tracked, latest.batch, refused, shared_of(latest, names), forwards)
+        with preferring(self._backwards.preferences):
+            rows = rows_of(latest)
+        return Report(rows, tracked, latest.batch, refused, shared_of(latest, names), forwards)
 
     def _values(self, index: int) -> tuple[dict[Entry, Tensor], float]:
         """One quantity of the last backward, and what gradients are to be multiplied by."""
@@ -269,7 +287,8 @@ class Tracker:
             raise result.error
         if not result.finished:
             raise NotReadyError("nothing to read: the last backward did not finish")
-        values, batch = result.values(index, self._relation)
+        with preferring(self._backwards.preferences):
+            values, batch = result.values(index, self._relation)
         scale = result.scale if result.scale is not None else float(batch if self._mean else 1)
         return values, scale
 

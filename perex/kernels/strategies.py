@@ -61,6 +61,14 @@ class Strategy:
     run: Callable[..., Tensor]
 
 
+_all: list[Strategies] = []
+
+
+def known_strategies() -> set[str]:
+    """The names of all ways there are."""
+    return {name for strategies in _all for name in strategies.ways}
+
+
 class Strategies:
     """The ways to one number. Each is a function that reads like its formula, with a plan beside it.
 
@@ -71,6 +79,7 @@ class Strategies:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.ways: dict[str, Strategy] = {}
+        _all.append(self)
 
     def way(self, name: str, plan: Callable[..., Plan | None]) -> Callable[[Callable[..., Tensor]], Any]:
         """Register a function under a name.

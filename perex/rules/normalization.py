@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from perex.factors import Dense, Factor
 from perex.rules.call import Captured
+from perex.rules.convolution import images
 from perex.rules.linear import summed
 from perex.rules.registry import operator_rule
 
@@ -35,7 +36,7 @@ def affine(captured: Captured, normalize: Callable[[Tensor, float], Tensor], tra
     factors: dict[str, Factor] = {}
     if captured.wants("weight"):
         normalized = normalize(captured.value("input"), captured.option("eps", 1e-5))
-        factors["weight"] = by_example(grad * normalized, captured.shape("weight"))
+        factors["weight"] = by_example(normalized.mul_(grad), captured.shape("weight"))
     if captured.wants("bias"):
         factors["bias"] = by_example(grad, captured.shape("bias"))
     return factors
@@ -99,8 +100,25 @@ def instance_norm(captured: Captured) -> dict[str, Factor]:
     saves={"weight": "input running_mean running_var"},
 )
 def batch_norm(captured: Captured) -> dict[str, Factor]:
-    """With running statistics; with those of the batch it never gets here."""
-    return affine(captured, partial(with_running_statistics, captured), trailing=False)
+    r"""With running statistics; with those of the batch it never gets here.
+
+    Both sums of torch's own backward, $\sum g (x - \mu) / \sigma$ and $\sum g$ for each channel, with the channels of
+    all examples side by side.
+    """
+    batch, spatial = captured.batch, len(captured.shape("input")) - 2
+    (channels,) = captured.shape("weight" if captured.wants("weight") else "bias")
+    grad = images(captured.grad, spatial)
+    x = images(captured.examples("input"), spatial) if captured.wants("weight") else grad  # or any, if not asked for
+    grad, x = (rows.transpose(0, 1).flatten(1, 2).contiguous() for rows in (grad, x))  # (R, B * C, *spatial)
+    mean, variance = x.new_zeros(channels), x.new_ones(channels)
+    if captured.wants("weight"):
+        mean, variance = captured.value("running_mean"), captured.value("running_var")
+    _, weight, bias = torch.ops.aten.native_batch_norm_backward(
+        grad, x, None, mean.repeat(batch), variance.repeat(batch), None, None, False, captured.option("eps", 1e-5),
+        [False, True, True],
+    )  # fmt: skip
+    sums = {"weight": weight, "bias": bias}
+    return {name: Dense(sums[name].view(batch, channels)) for name in sums if captured.wants(name)}
 
 
 def with_running_statistics(captured: Captured, x: Tensor, eps: float) -> Tensor:
