@@ -27,6 +27,10 @@ STRAY = (
 )
 
 
+BLANKS = 16
+"""How many backwards are looked at again because they brought no gradients to some tap, in all."""
+
+
 class Backwards:
     """Gets what taps, guards and hooks report, and makes a `Result` of each backward.
 
@@ -60,6 +64,7 @@ class Backwards:
         self.scaler = scaler
         self.preferences = preferences
         self.audited: set[tuple[object, ...]] = set()
+        self.blanks = 0
         self.latest: Forward | None = None
         self.pending: list[weakref.ref[Forward]] = []
         self.result: Result | None = None
@@ -111,7 +116,10 @@ class Backwards:
             self.losses, self.scale, self.probe = None, None, None
         if probe is not None and probe.error is not None:
             raise self.denied(probe.error)
-        self.audited |= kinds
+        if probe is not None and probe.blank and self.blanks < BLANKS:  # look again
+            self.blanks += 1
+        else:
+            self.audited |= kinds
         if self.result is None and any(forward.uses for forward in forwards):
             raise LossError("losses: no gradient reached the attached model; are they of another's outputs?")
 
@@ -233,9 +241,9 @@ class Backwards:
         self.refuse(
             UnsupportedError(
                 f"parameter '{name}' got a gradient from a use that perex did not see: outside the model's forward "
-                "(a penalty added to the loss, say), in a forward before perex was attached, or in compiled or "
-                "scripted code in which its hooks do not run. Move that use into the model's forward, run it "
-                "uncompiled, or leave the parameter out with `params=`"
+                "(a penalty added to the loss, say), in a forward before perex was attached, in compiled or scripted "
+                "code, or in a custom autograd function that takes the parameter. Move that use into the model's "
+                "forward, run it uncompiled, write it in plain operators, or leave the parameter out with `params=`"
             )
         )
 

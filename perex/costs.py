@@ -74,8 +74,7 @@ def add_costs(uses: Sequence[Share]) -> None:
     total = Total(known)
     plans = [factor.plan() for factor in total.factors]
     seen: set[int] = set()
-    for (cost, place, _, pulled_back), factor in zip(uses, known, strict=True):
-        where = next(i for i, part in enumerate(total.factors) if part is factor or part.merge(factor) is not None)
+    for (cost, place, _, pulled_back), factor, where in zip(uses, known, total.places, strict=True):
         plan = plans[where]
         assert plan is not None
         cost.ways[place] = "pulled back" if pulled_back else plan.way

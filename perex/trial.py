@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perex.capture.parameters import selector
+from perex.capture.state import State, starting_from
 from perex.scoring.nest import leaves, map_leaves, tensors
 
 Compute = Callable[[nn.Module, Any, int | None], Tensor]  # model, batch and B, to losses (B,)
@@ -21,10 +22,10 @@ SEED = 0
 
 
 class Trial:
-    """A model and a few examples, run as often as wanted; every run begins with the same buffers and seed.
+    """A model and a few examples, run as often as wanted; every run begins with the same state and seed.
 
     Args:
-        model: the model, which is not put back at the end; see `restored`.
+        model: the model; what its modules hold is put back after each run.
         batch: examples, `n` of them.
         compute: from model and batch to losses.
         params: which parameters to look at, as in `attach`.
@@ -36,20 +37,21 @@ class Trial:
         self.model, self.batch, self.compute = model, batch, compute
         self.batch_dim, self.n = batch_dim, n
         self.parameters = tracked(model, params)
+        self.before = State(model, copies=True)
 
     @contextmanager
     def run(self, seed: int = SEED) -> Iterator[None]:
-        """Seed all generators, and put buffers back at the end."""
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        with restored(self.model):
+        """Seed all generators; begin with what modules held at first, and leave them so."""
+        with starting_from(self.before, self.model):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
             yield
 
     def together(self, seed: int = SEED) -> Tensor:
         """Losses of the batch, `(n,)`."""
-        with self.run(seed), torch.no_grad():
-            return self.compute(self.model, self.batch, self.n)
+        with self.run(seed):  # with gradients, for a forward may register hooks
+            return self.compute(self.model, self.batch, self.n).detach()
 
     def example(self, i: int) -> Any:
         """A batch of example `i` alone."""
@@ -98,8 +100,10 @@ class Trial:
 
         def watch(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-                before = [tensor.clone() for tensor in tensors((args, kwargs))]
-                found.append((path, type(module).__name__, before, [tensor.clone() for tensor in tensors(out)]))
+                before = [tensor.detach().clone() for tensor in tensors((args, kwargs))]
+                found.append(
+                    (path, type(module).__name__, before, [tensor.detach().clone() for tensor in tensors(out)])
+                )
 
             return hook
 
@@ -107,7 +111,7 @@ class Trial:
             module.register_forward_hook(watch(path), with_kwargs=True) for path, module in self.model.named_modules()
         ]
         try:
-            with self.run(), torch.no_grad():
+            with self.run():
                 self.compute(self.model, batch, None)
         finally:
             for handle in handles:
@@ -131,25 +135,6 @@ def size(grad: Tensor) -> Tensor:
     """The norm of a gradient."""
     values = grad.detach().coalesce().values() if grad.is_sparse else grad.detach()
     return values.abs().double().norm() if values.device.type != "mps" else values.abs().cpu().double().norm()
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Put a model's buffers back at the end: the very tensors, and their values."""
-    kept = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, values in kept:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, values):
-                    buffer.copy_(values)
 
 
 def count(batch: Any, batch_dim: int) -> int | None:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perex.capture.state import State, starting_from
 from perex.errors import ArgumentError
 from perex.scoring.losses import PerExampleLosses
 from perex.scoring.score import Step, _by_criterion, _by_step, _device_of
 from perex.scoring.state import Mode, frozen, prepared
-from perex.trial import Compute, Precision, Trial, count, mapped, restored, sizes, take
+from perex.trial import Compute, Precision, Trial, count, mapped, sizes, take
 from perex.verdict import first_line, judge, name_of
 from perex.verification import Verification
 
@@ -105,7 +106,7 @@ def in_best_precision(model: nn.Module, mode: Mode, trial: Callable[[nn.Module, 
         copied = copy.deepcopy(model)
     except Exception as error:
         note = f"the model cannot be copied ({first_line(error)}), so this ran on itself, and in its own precision"
-        with prepared(model, mode, None), restored(model):
+        with prepared(model, mode, None), starting_from(State(model, copies=True), model):
             return judge(trial(model, False), own_dtype(model), [note])
     if mode is not None:
         copied.train(mode == "train")

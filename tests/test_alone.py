@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -303,3 +305,26 @@ def test_a_container_that_is_not_to_be_written_to():
     model.config = Frozen(scale=2.0)
     check(model, (data(B, T, D),))
     assert model.config == {"scale": 2.0}
+
+
+def test_states_of_every_kind_are_put_back():
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.nested["counts"]["calls"] += 1
+        m.names.calls += 1
+        m.array += 1
+        m.inner[0].append(1)
+        noise = torch.rand(D, generator=m.generator, dtype=torch.float64) + float(m.numpy.random())
+        return m.second(m.first(x) * noise * m.nested["counts"]["calls"] * float(m.array[0]))
+
+    model = net(forward)
+    model.nested, model.names, model.array = {"counts": {"calls": 0}}, SimpleNamespace(calls=0), np.zeros(1)
+    model.inner = ([],)
+    model.generator, model.numpy = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    twin = copy.deepcopy(model)
+    twin(data(B, T, D))
+    with perex.attach(model) as px:
+        px.backward(model(data(B, T, D)).sin().sum((1, 2)))
+        assert px.norms().shape == (B,)
+    assert model.nested == twin.nested and model.names == twin.names and model.inner == twin.inner
+    assert model.array == twin.array and model.numpy.random() == twin.numpy.random()
+    assert torch.equal(torch.rand(3, generator=model.generator), torch.rand(3, generator=twin.generator))

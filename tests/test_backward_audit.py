@@ -179,3 +179,42 @@ def test_half_precision(dtype):
             else:
                 with pytest.raises(perex.ExamplesMixError):
                     px.backward(losses)
+
+
+def test_gradients_of_zero_are_no_evidence():
+    """A head that is zero at first, or a batch that is not a number, says nothing of the batches after it."""
+    for spoil in ("head", "batch"):
+        model, x = net(function(MIXING["centred"])), data(B, T, D)
+        with perex.attach(model) as px:
+            if spoil == "head":
+                nn.init.zeros_(model.second.weight)
+            try:
+                px.backward(model(x if spoil == "head" else x * float("nan")).sin().sum((1, 2)))
+            except perex.PerexError:
+                pass
+            nn.init.normal_(model.second.weight)
+            with pytest.raises(perex.ExamplesMixError):
+                px.backward(model(x).sin().sum((1, 2)))
+
+
+@pytest.mark.parametrize("case", ["by the batch's norm", "clipped"])
+def test_two_examples(case):
+    model = net(function(MIXING[case]))
+    with perex.attach(model) as px, pytest.raises(perex.ExamplesMixError):
+        px.backward(model(data(2, T, D)).sin().sum((1, 2)))
+
+
+def test_a_forward_that_registers_gradient_hooks():
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            h.register_hook(lambda grad: grad * 2)
+            return h
+
+    assert (
+        perex.verify(Hooked(), (torch.randn(4, 3), torch.randint(2, (4,))), nn.CrossEntropyLoss()).verdict == "agrees"
+    )

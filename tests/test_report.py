@@ -195,6 +195,19 @@ def test_a_use_that_the_backward_does_not_reach_costs_nothing() -> None:
     assert " -  " in str(report)
 
 
+def test_a_layer_that_is_called_on_one_example_after_the_other() -> None:
+    class Each(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([self.layer(row) for row in x])
+
+    report = report_of(Each(), torch.randn(3, 8))
+    assert len(report.rows) == 3 and all(row.way == "one position" for row in report.rows)
+
+
 def test_a_factor_of_a_user_s_own_is_shown() -> None:
     class Own(Dense):
         """A kind that perex does not know."""

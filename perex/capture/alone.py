@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from perex.capture.axis import Axis, Held, Label, Single
 from perex.capture.carry import tensors_in
@@ -165,6 +166,8 @@ class Replay(TorchFunctionMode):
     ) -> Any:
         """Run one operator."""
         kwargs = kwargs or {}
+        if func is Tensor.register_hook:  # there are no gradients here
+            return RemovableHandle({})
         replacement = rewritten(func, args)
         if replacement is None and composite(func) and func not in OPERATORS and not draws(func, args, kwargs):
             replacement = body(func)

@@ -24,6 +24,10 @@ ALL, MANY, FEW, LATER = 16, 8, 4, 2
 later batches of other shapes, or in doubt again, 2, others each time."""
 
 
+BLANKS = 16
+"""Up to which forward a graph is looked through again if no gradient came to some tap."""
+
+
 class Auditor:
     """Remembers which batches have been checked: the first one, and each whose inputs have new shapes.
 
@@ -164,6 +168,6 @@ class Auditor:
                     "the model's graph holds an autograd function of your own whose backward can be run once only, and "
                     "perex ran it to see whether it keeps examples apart: attach(..., audit=False) does without that"
                 )
-        if probe.error is None:
+        if probe.error is None and (not probe.blank or forward.number > BLANKS):
             self.looked.add(forward.shapes)
         forward.error = forward.error or probe.error

@@ -21,6 +21,12 @@ from perex.capture.forward import Forward
 from perex.errors import ExamplesMixError, PerexError
 from perex.rules.call import Call, widen
 
+LEAST = 2.0**-18
+"""How far off an element may be where float16 has few digits left, or none."""
+
+Print = tuple[Tensor, Tensor, float]
+"""Projection and norm of each example's rows, `(B,)` each, and by how much they may be off."""
+
 SINK = "_DDPSinkBackward"
 """The node behind the outputs of `DistributedDataParallel`. Its first run starts what synchronises a static graph."""
 
@@ -29,12 +35,12 @@ POWERS = 16
 
 
 def weights_of(count: int, half: bool) -> Tensor:
-    """`(N,)` weights that differ between any two of 32 neighbours; in half precision they are signs alone."""
+    """`(N,)` weights that differ between any two of 32 neighbours, or of four where half precision has room for few."""
     numbers = torch.arange(count)
     places = (numbers + 13 * (numbers // (2 * POWERS))) % (2 * POWERS)  # so that those 32 apart differ as well
-    if half:
-        return 1.0 - 2.0 * (places ^ places >> 1 ^ places >> 2).bitwise_and(1)
-    return (1.0 - 2.0 * places.bitwise_and(1)) * 2.0 ** (places >> 1)
+    powers = places % 2 if half else places % POWERS
+    signs = places // 2 % 2 if half else (places + places // POWERS) % 2
+    return (1.0 - 2.0 * signs) * 2.0**powers
 
 
 def weighted(rows: Tensor, axis: Held, weights: Tensor) -> Tensor:
@@ -59,25 +65,28 @@ class Probe:
     Attributes:
         weighted: whether the backward that is running is the weighted one.
         error: what the other one has shown, if anything.
+        blank: whether a tap got nothing to compare: zeros, as behind a head that is zero at first, or no numbers.
     """
 
     def __init__(self, weights: Mapping[Forward, Tensor]) -> None:
         self.weights = weights
+        self.half = any(forward.half for forward in weights)
         self.weighted = True
         self.error: PerexError | None = None
-        self.seen: dict[int, list[tuple[Tensor, Tensor] | None]] = {}
+        self.blank = False
+        self.seen: dict[int, list[Print | None]] = {}
         self.signs: dict[tuple[Any, ...], Tensor] = {}
 
-    def prints(self, call: Call, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor] | None]:
-        """Projection and norm of each example's rows, `(B,)` each, for each output."""
-        found: list[tuple[Tensor, Tensor] | None] = []
+    def prints(self, call: Call, grads: Sequence[Tensor | None]) -> list[Print | None]:
+        """What is kept of each output's gradient."""
+        found: list[Print | None] = []
         for grad, axis in zip(grads, call.out_axes, strict=True):
             if grad is None or grad.is_sparse or not grad.numel():
                 found.append(None)
                 continue
             rows = widen(axis.front(grad.detach(), call.batch)).resolve_conj()
             rows = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(len(rows), -1)
-            found.append((rows @ self.sign(rows), rows.norm(dim=1)))
+            found.append((rows @ self.sign(rows), rows.norm(dim=1), LEAST * rows.size(1) ** 0.5 if self.half else 0.0))
         return found
 
     def sign(self, rows: Tensor) -> Tensor:
@@ -99,18 +108,20 @@ class Probe:
         if before is None or weights is None or self.error is not None:
             return
         for one, other in zip(before, self.prints(call, grads), strict=True):
-            if one is not None and other is not None and not fits(one, other, weights, call.examples):
+            if one is None or other is None:
+                continue
+            self.blank = self.blank or not bool((other[1].isfinite() & (other[1] > 0)).any())
+            if not fits(one, other, weights, call.examples):
                 self.error = mixed_behind(call)
 
 
-def fits(
-    weighted: tuple[Tensor, Tensor], plain: tuple[Tensor, Tensor], weights: Tensor, examples: list[int] | None
-) -> bool:
+def fits(weighted: Print, plain: Print, weights: Tensor, examples: list[int] | None) -> bool:
     """Whether projections under weights are the weights times those without, as far as the precision can tell."""
-    (found, size), (once, norm) = weighted, plain
+    (found, size, least), (once, norm, _) = weighted, plain
     own = (weights if examples is None else weights[examples]).to(once)
-    eps = torch.finfo(once.dtype).eps
+    eps = torch.finfo(torch.float16 if least else once.dtype).eps
     slack = eps**0.5 * torch.maximum(size, own.abs() * norm) + eps * own.abs() * norm.nan_to_num(0, 0, 0).max()
+    slack += least * own.abs()
     off = (found - own * once).abs() > slack  # false for NaN: what overflowed is no evidence
     return not bool((off & found.isfinite() & once.isfinite()).any())
 

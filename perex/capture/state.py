@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ class State:
         self.attributes = [(owner, dict(owner.__dict__), dict(owner._buffers)) for owner in module.modules()]
         own = [(found, name) for _, found, _ in self.attributes for name in found if name not in OF_ALL_MODULES]
         held = [found[name] for found, name in own]
-        self.contents = [(value, copy.copy(value)) for value in held if isinstance(value, (list, dict, set, deque))]
+        self.contents = [(value, kept(value)) for value in changeable(held)]
         buffers = [b for _, _, found in self.attributes for b in found.values() if b is not None]
         tensors = [value for value in (*held, *buffers) if type(value) is Tensor and not value.requires_grad]
         self.copies = {id(tensor): (tensor, tensor.detach().clone()) for tensor in tensors if copies}
@@ -41,8 +43,50 @@ class State:
             owner.__dict__.update({n: fresh.get(id(v), v) if type(v) is Tensor else v for n, v in found.items()})
             owner._buffers.clear()
             owner._buffers.update({name: fresh.get(id(buffer), buffer) for name, buffer in buffers.items()})
-        for container, before in self.contents:
-            refill(container, before)
+        for value, before in self.contents:
+            restore(value, before)
+
+
+CONTAINERS = (list, dict, set, deque)
+
+
+def changeable(values: Iterable[Any]) -> Iterator[Any]:
+    """Containers, arrays and random generators among some values and in them, at any depth; each once."""
+    waiting, seen = list(values), set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, (Tensor, nn.Module, type, str, bytes, int, float)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, (*CONTAINERS, np.ndarray, bytearray, torch.Generator, np.random.Generator)):
+            yield value
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+            waiting += value
+        elif isinstance(value, SimpleNamespace) or dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
+            waiting.append(value.__dict__)
+
+
+def kept(value: Any) -> Any:
+    """What is needed to put one of them back."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    return value.bit_generator.state if isinstance(value, np.random.Generator) else copy.copy(value)
+
+
+def restore(value: Any, before: Any) -> None:
+    """Put it back."""
+    if isinstance(value, CONTAINERS):
+        refill(value, before)
+    elif isinstance(value, torch.Generator):
+        value.set_state(before)
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = before
+    elif isinstance(value, bytearray):
+        value[:] = before
+    elif value.flags.writeable:
+        value[...] = before
 
 
 def refill(container: Any, before: Any) -> None:

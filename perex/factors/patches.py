@@ -9,7 +9,7 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.kernels.convolution import plan, squared_norm
-from perex.kernels.geometry import Geometry, sizes, weight_gradient
+from perex.kernels.geometry import Geometry, measures, weight_gradient
 from perex.kernels.plan import Plan
 
 
@@ -59,7 +59,7 @@ class Patches(Factor):
 
     def dense_flops(self) -> int:
         """See `Factor.dense_flops`."""
-        positions, rows, columns = sizes(self.x.shape, self.grads.shape, self.geometry)
+        positions, rows, columns = measures(self.x.shape, self.grads.shape, self.geometry)
         return 2 * self.batch * self.geometry.groups * positions * rows * columns
 
     def merge(self, other: Factor) -> Factor | None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
+from perex.kernels import outer as kernel
 from perex.kernels.cancellation import recomputed
-from perex.kernels.outer import squares
 
 
 class Total(Factor):
@@ -19,17 +19,24 @@ class Total(Factor):
 
     Args:
         factors: one or more, of the same parameter and batch.
+
+    Attributes:
+        factors: what is left after merging.
+        places: for each factor given, which of these it went into.
     """
 
     def __init__(self, factors: Iterable[Factor]) -> None:
         self.factors: list[Factor] = []
+        self.places: list[int] = []
         for factor in factors:
             for place, present in enumerate(self.factors):
                 merged = present.merge(factor)
                 if merged is not None:
                     self.factors[place] = merged
+                    self.places.append(place)
                     break
             else:
+                self.places.append(len(self.factors))
                 self.factors.append(factor)
         self.batch = self.factors[0].batch
         self.shape = self.factors[0].shape
@@ -40,18 +47,18 @@ class Total(Factor):
 
     def squared_norm(self) -> Tensor:
         r"""$\sum_i \|G^{(i)}\|^2 + 2 \sum_{i<j} \langle G^{(i)}, G^{(j)} \rangle$."""
-        sizes = torch.stack([factor.squared_norm() for factor in self.factors]).sum(0)
-        out = sizes
+        squares = sizes = torch.stack([factor.squared_norm() for factor in self.factors]).sum(0)
         for i, factor in enumerate(self.factors):
             for earlier in self.factors[:i]:
                 if not factor.apart(earlier):
-                    out = out + 2 * factor.dot(earlier)
-        return sizes if out is sizes else recomputed(out, sizes, self.multiplied_out)
+                    twice = 2 * factor.dot(earlier)
+                    squares, sizes = squares + twice, sizes + twice.abs()
+        return squares if squares is sizes else recomputed(squares, sizes, self.multiplied_out)
 
     def multiplied_out(self, examples: Tensor) -> Tensor:
         """Squared norms of some examples, `(n,)`, of gradients that were added up first."""
         dense = (self.dense(b, b + 1).reshape(1, -1) for b in examples.tolist())
-        return torch.cat([squares(gradient, 1) for gradient in dense])
+        return torch.cat([kernel.squares(gradient, 1) for gradient in dense])
 
     def dot(self, other: Factor) -> Tensor:
         r"""$\sum_i \langle G^{(i)}, H \rangle$."""

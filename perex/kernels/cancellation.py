@@ -1,7 +1,7 @@
 r"""Where terms of a sum cancel, what is left is rounding: then the number is computed in another way.
 
-$\|\sum_t G_t\|^2$ as a sum of inner products is off by about $\epsilon \sum_t \|G_t\|^2$, however small it is itself;
-multiplied out first, only by $\epsilon$ of itself and of what cancels entry by entry.
+$\|\sum_t G_t\|^2$ as a sum of inner products is off by about $\epsilon \sum_{ts} |\langle G_t, G_s \rangle|$, however
+small it is itself; multiplied out first, only by $\epsilon$ of itself and of what cancels entry by entry.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 def recomputed(values: Tensor, sizes: Tensor, exact: Callable[[Tensor], Tensor]) -> Tensor:
-    r"""Squared norms, those replaced that are small beside the squares they are sums over.
+    r"""Squared norms, those replaced that are small beside the terms they are sums of.
 
     Args:
         values: `(B,)`, from inner products.
-        sizes: `(B,)`, $\sum_t \|G_t\|^2$.
+        sizes: `(B,)`, $\sum_{ts} |\langle G_t, G_s \rangle|$.
         exact: squared norms of some examples, `(n,)` numbers, without inner products.
 
     Returns:

@@ -14,7 +14,7 @@ from torch import Tensor
 from perex.kernels import outer
 from perex.kernels.blocks import block_size, example_blocks
 from perex.kernels.cancellation import recomputed
-from perex.kernels.geometry import Geometry, options_of, patches, sizes, weight_gradient, weight_gradients
+from perex.kernels.geometry import Geometry, measures, options_of, patches, weight_gradient, weight_gradients
 from perex.kernels.outer import squares
 from perex.kernels.plan import Plan
 from perex.kernels.strategies import Strategies
@@ -55,7 +55,7 @@ def plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
 
 def _multiplied_out(x: torch.Size, grads: torch.Size, geometry: Geometry) -> tuple[int, int, int]:
     """Positions, entries of the weight, and operations to multiply all examples out and square them."""
-    positions, rows, columns = sizes(x, grads, geometry)
+    positions, rows, columns = measures(x, grads, geometry)
     entries = geometry.groups * rows * columns
     return positions, entries, 2 * x[0] * entries * (positions + 1)
 
@@ -92,7 +92,7 @@ def grouped_calls(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
 
 def _unfolded(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
     batch, groups = x[0], geometry.groups
-    positions, rows, columns = sizes(x, grads, geometry)
+    positions, rows, columns = measures(x, grads, geometry)
     inner = outer.plan(torch.Size((batch, groups, positions, rows)), torch.Size((batch, groups, positions, columns)))
     entries = groups * positions * columns
     elements = inner.elements + block_size(batch, entries) * entries
@@ -141,7 +141,7 @@ def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     narrow, wide = (x, grads) if geometry.transposed else (grads, x)
     spatial = wide.dim() - 3
     pixels, places = wide.shape[1] * math.prod(wide.shape[3:]), narrow.shape[1] * math.prod(narrow.shape[3:])
-    totals, diagonals = [], []
+    totals, sizes = [], []
     for i, j in example_blocks(x.shape[0], geometry.groups * max(pixels, places) ** 2):
         rows, columns = by_group(narrow[i:j], geometry.groups), by_group(wide[i:j], geometry.groups)
         flat = columns.flatten(2, -2)
@@ -151,8 +151,8 @@ def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
         flat = rows.flatten(2, -2)
         product = (flat @ flat.mT).mul_(grams.reshape(*flat.shape[:3], flat.shape[2]))  # (b, G, T, T)
         totals.append(product.sum((1, 2, 3)))
-        diagonals.append(product.diagonal(dim1=2, dim2=3).sum((1, 2)))
-    return recomputed(torch.cat(totals), torch.cat(diagonals), lambda b: call_per_example(x[b], grads[b], geometry))
+        sizes.append(torch.linalg.vector_norm(product, 1, dim=(1, 2, 3)))
+    return recomputed(torch.cat(totals), torch.cat(sizes), lambda b: call_per_example(x[b], grads[b], geometry))
 
 
 def shifted(grams: Tensor, one: int, other: int, places: int, geometry: Geometry, axis: int) -> Tensor:

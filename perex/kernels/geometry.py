@@ -113,7 +113,7 @@ def _operations(x: Any, grad: Any, weight_shape: Any, *options: Any, **kwargs: A
     return 2 * int(narrow[0] * narrow[1] * math.prod(narrow[3:]) * math.prod(weight_shape))
 
 
-def sizes(x: torch.Size, grads: torch.Size, geometry: Geometry) -> tuple[int, int, int]:
+def measures(x: torch.Size, grads: torch.Size, geometry: Geometry) -> tuple[int, int, int]:
     """Positions of an example, and rows and columns of the weight of one group."""
     narrow = x if geometry.transposed else grads
     rows, columns = geometry.weight_shape[0] // geometry.groups, math.prod(geometry.weight_shape[1:])

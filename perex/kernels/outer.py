@@ -89,19 +89,19 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     batch, groups, positions, _ = left.shape
     ranges = list(pieces(positions))
     largest = groups * positions * max((stop - start for start, stop in ranges), default=0)
-    totals, diagonals = [], []
+    totals, sizes = [], []
     for i, j in example_blocks(batch, largest):
-        total = diagonal = left.new_zeros(j - i, dtype=left.dtype.to_real())
+        total = size = left.new_zeros(j - i, dtype=left.dtype.to_real())
         for start, stop in ranges:
             lefts = left[i:j, :, start:stop] @ left[i:j, :, :stop].mH  # (b, G, piece, stop)
             rights = right[i:j, :, start:stop] @ right[i:j, :, :stop].mH
             product = lefts.mul_(rights).real if lefts.is_complex() else lefts.mul_(rights)
             before, within = product[..., :start], product[..., start:]
             total = total + within.sum((1, 2, 3)) + 2 * before.sum((1, 2, 3))
-            diagonal = diagonal + within.diagonal(dim1=2, dim2=3).sum((1, 2))
+            size = size + 2 * torch.linalg.vector_norm(product, 1, dim=(1, 2, 3))
         totals.append(total)
-        diagonals.append(diagonal)
-    return recomputed(torch.cat(totals), torch.cat(diagonals), lambda b: direct(left[b], right[b]))
+        sizes.append(size)
+    return recomputed(torch.cat(totals), torch.cat(sizes), lambda b: direct(left[b], right[b]))
 
 
 def gram_dot(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:
