@@ -154,7 +154,8 @@ class Session:
                     result = self.close_module(capture, module, args, kwargs, out)
             if frame.begins and capture is not None and out is not None:
                 out = out if result is None else result
-                returned = self.outputs.finish(capture, out)
+                with torch._C.DisableTorchFunction():  # nothing of it is the model's
+                    returned = self.outputs.finish(capture, out)
                 result = returned if returned is not out else result
                 out = returned
         finally:
