@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,7 +216,7 @@ class Backwards:
         if any(grad is not None and axis.stray(grad) for grad, axis in zip(grads, call.out_axes, strict=True)):
             result.refuse(UnsupportedError(STRAY.format(call.where, call.name)))
         device = saved[0].device.type if saved else "cpu"
-        with torch.no_grad(), torch.autocast(device, enabled=False), preferring(self.preferences):
+        with torch.no_grad(), without_autocast(device), preferring(self.preferences):
             captured = Captured(call, saved, grads)
             self.note_overflow(result, call, grads)
             factors = call.rule.function(captured)
@@ -291,6 +293,11 @@ class Backwards:
             if grad is not None and grad.dtype in (torch.float16, torch.bfloat16):
                 rows = axis.front(grad, call.batch).reshape(call.batch, -1)
                 result.overflow(call.forward, rows.isinf().any(1) & ~rows.isnan().any(1), call.examples)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Switch autocast off, where it is on: the switch itself takes longer than a small rule."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def will_run(tensor: Tensor) -> bool:
