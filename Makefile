@@ -9,7 +9,7 @@ READY   := $(VENV)/.ready
 OTHERS  := $(VENV)/.others
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint types demo coverage clean
+.PHONY: help setup test lint types demo coverage bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,15 @@ $(OTHERS): $(READY) benchmarks/coverage/others.txt
 coverage: $(OTHERS)  ## run perex, vmap and Opacus on hundreds of architectures, into docs/coverage.md (half an hour)
 	$(PY) benchmarks/coverage/run.py $(ARGS)
 	$(PY) benchmarks/coverage/table.py $$(ls benchmarks/results/coverage-*.jsonl | tail -n 1)
+
+# BackPACK and what it imports, without what they depend on: another torch might be of it.
+$(VENV)/.bench: $(READY)
+	$(PY) -m pip install -qq --disable-pip-version-check --no-deps backpack-for-pytorch==1.7.1 einops==0.8.2 unfoldNd==0.2.3
+	@touch $@
+
+bench: $(VENV)/.bench  ## time perex, plain training and the peers, into docs/benchmarks.md (half an hour; ARGS=--sweeps: more)
+	OMP_WAIT_POLICY=passive $(PY) benchmarks/speed/run.py $(ARGS)
+	$(PY) benchmarks/speed/page.py $$(ls benchmarks/results/speed-*-cpu.json | tail -n 1)
 
 clean:  ## remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist out *.egg-info
