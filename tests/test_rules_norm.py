@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import PLACES, check, grid, place, refused
+from oracle import PLACES, Bare, check, grid, place, refused
 from torch import nn
 
 batches = st.integers(1, 3)
@@ -145,3 +145,12 @@ def test_constant_input():
     x = torch.randn(3, 1, 1).expand(3, 4, 5).contiguous()
     for layer in (nn.LayerNorm(5), nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True), nn.RMSNorm(5)):
         check(*place(layer, "later", x))
+
+
+@pytest.mark.parametrize("n, c, b", [(3, 3, 4), (3, 3, 3), (2, 3, 4), (1, 2, 3)])
+def test_batch_norm_where_the_batch_is_in_the_last_dimension(n, c, b):
+    """`(N, C, B)`: the channels are in dimension 1, and the examples where a length was."""
+    model = Bare(lambda m, x: m.norm(x.permute(1, 2, 0)).permute(2, 0, 1).sin())
+    model.norm = nn.BatchNorm1d(c)
+    model.norm.running_mean.normal_(), model.norm.running_var.uniform_(0.5, 2)
+    check(model.double().eval(), (torch.randn(b, n, c),))

@@ -113,6 +113,12 @@ class Captured:
         axis, value = self.call.axes[index] or self.call.rows.get(index), widen(self.tensors[index])
         return value.expand(self.batch, *value.shape) if axis is None else axis.front(value, self.batch)
 
+    def rows(self, name: str) -> Tensor:
+        """Argument `name` as each example has it when it is alone, `(B, *batch-of-one shape)`."""
+        index = self.call.template(name).number
+        axis, value = self.call.axes[index] or self.call.rows.get(index), widen(self.tensors[index])
+        return value.expand(self.batch, *value.shape) if axis is None else axis.rows(value, self.batch)
+
     def value(self, name: str) -> Any:
         """Argument `name` as the operator got it; a tensor must be among those the rule `saves`."""
         template = self.call.template(name)

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from perex.factors import Dense, Factor
 from perex.rules.call import Captured
-from perex.rules.convolution import images
 from perex.rules.linear import summed
 from perex.rules.registry import operator_rule
 
@@ -105,11 +104,13 @@ def batch_norm(captured: Captured) -> dict[str, Factor]:
     Both sums of torch's own backward, $\sum g (x - \mu) / \sigma$ and $\sum g$ for each channel, with the channels of
     all examples side by side.
     """
-    batch, spatial = captured.batch, len(captured.shape("input")) - 2
+    batch = captured.batch
     (channels,) = captured.shape("weight" if captured.wants("weight") else "bias")
-    grad = images(captured.grad, spatial)
-    x = images(captured.examples("input"), spatial) if captured.wants("weight") else grad  # or any, if not asked for
-    grad, x = (rows.transpose(0, 1).flatten(1, 2).contiguous() for rows in (grad, x))  # (R, B * C, *spatial)
+    grad = captured.grads[0]
+    assert grad is not None
+    grad = captured.call.out_axes[0].rows(grad, batch)  # (B, N, C, *spatial), N rows an example
+    x = captured.rows("input") if captured.wants("weight") else grad  # or anything, if not asked for
+    grad, x = (rows.transpose(0, 1).flatten(1, 2).contiguous() for rows in (grad, x))  # (N, B * C, *spatial)
     mean, variance = x.new_zeros(channels), x.new_ones(channels)
     if captured.wants("weight"):
         mean, variance = captured.value("running_mean"), captured.value("running_var")
