@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -158,11 +159,16 @@ def test_dropout(preserve, param_grads):
 
 def held(model: nn.Module, x: Tensor, attached: bool, param_grads: bool) -> int:
     """Bytes that are allocated in a forward and still there when it is over, as torch's allocator counts them."""
-    with perex.attach(model, param_grads=param_grads) if attached else nullcontext():
-        for _ in range(2):  # the first batch is looked at more closely
-            with torch.profiler.profile(profile_memory=True) as profile:
-                out = model(x)
-            out.sum().backward()
+    gc.collect()  # what others left in cycles must not be freed, and so counted, while we measure
+    gc.disable()
+    try:
+        with perex.attach(model, param_grads=param_grads) if attached else nullcontext():
+            for _ in range(2):  # the first batch is looked at more closely
+                with torch.profiler.profile(profile_memory=True) as profile:
+                    out = model(x)
+                out.sum().backward()
+    finally:
+        gc.enable()
     model.zero_grad()
     return sum(event.self_cpu_memory_usage for event in profile.key_averages())
 
