@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from perex.capture.axis import Held, Single
+from perex.capture.axis import Single
+from perex.capture.outputs import Output
 from perex.capture.probe import SINK
 from perex.errors import ExamplesMixError
 
 
-def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Held]], batch: int, first: int = 0) -> None:
+def check_losses(losses: Tensor, outputs: Sequence[Output], batch: int, first: int = 0) -> None:
     r"""Raise if a loss depends on the outputs of other examples than its own.
 
     With weights $w_i$ on the losses, row $o_j$ of an output gets $\sum_i w_i \, \partial \ell_i / \partial o_j$. If
@@ -23,14 +24,14 @@ def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Held]], b
 
     Args:
         losses: `(N,)`, one loss an example; N is the batch, or a multiple of it with further forwards.
-        outputs: where the model's outputs are in the graph, and their batch axes.
+        outputs: the model's outputs.
         batch: number of examples in the outputs, B.
         first: which loss is that of the outputs' first example.
 
     Raises:
         ExamplesMixError: a loss depends on other examples.
     """
-    edges = behind_sinks(losses, [edge for edge, _ in outputs])
+    edges = behind_sinks(losses, [output.edge for output in outputs])
     if not edges or len(losses) < first + batch or len(losses) < 2:
         return
     numbers = torch.arange(len(losses), device=losses.device)
@@ -40,7 +41,8 @@ def check_losses(losses: Tensor, outputs: Sequence[tuple[GradientEdge, Held]], b
     for shift in range(0, (len(losses) - 1).bit_length(), bits):
         weights = 2 ** (numbers >> shift & (2**bits - 1))
         own = weights[first : first + batch]
-        for grad, once, (_, axis) in zip(pulled(losses, edges, weights.to(losses)), plain, outputs, strict=True):
+        for grad, once, output in zip(pulled(losses, edges, weights.to(losses)), plain, outputs, strict=True):
+            axis = output.axis
             if grad is None or once is None or grad.numel() == 0:
                 continue
             whose = slice(axis.example, axis.example + 1) if isinstance(axis, Single) else slice(0, batch)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from perex.audit import check_losses
 from perex.capture.derived import of_parameters
@@ -154,7 +155,7 @@ class Backwards:
             if self.audit:
                 self.session.auditor.check(forward, self.session.parameters)
             outputs = edges.get(forward.number, [])
-            kind = len(losses), first, forward.shapes, *((edge.node.name(), axis) for edge, axis in outputs)
+            kind = len(losses), first, forward.shapes, *((output.edge.node.name(), output.axis) for output in outputs)
             if self.audit and kind not in self.audited:
                 check_losses(losses, outputs, forward.batch, first)
                 new.add(kind)
@@ -165,12 +166,21 @@ class Backwards:
             return None, new
         probe = Probe(weights)
         with same_draws():
-            done = self.look(probe, [self.scaled(losses)], [weight * factors.to(weight)], forwards)
+            done = self.look(probe, [get_gradient_edge(self.scaled(losses))], [weight * factors.to(weight)], forwards)
+        for forward in forwards:
+            if forward.changed and forward.compare is not None:
+                forward.compare()
+                if forward.error is not None:
+                    raise forward.error
         probe.weighted = False
         return probe if done else None, new
 
     def look(
-        self, probe: Probe, outputs: Sequence[Tensor], grads: Sequence[Tensor], forwards: Sequence[Forward]
+        self,
+        probe: Probe,
+        outputs: Sequence[GradientEdge],
+        grads: Sequence[Tensor],
+        forwards: Sequence[Forward],
     ) -> bool:
         """Run a backward as far as the taps, for a probe alone; whether that could be done."""
         self.probe, self.looking = probe, True
@@ -200,7 +210,7 @@ class Backwards:
             result.refuse(NotReadyError("the last backward ran inside the model's forward: nothing to read from it"))
         if result.losses is None:  # nobody will ask whether the examples do without each other
             self.session.auditor.wanted = forward.doubt is not None
-            forward.record = None
+            forward.record = forward.compare = None
             if forward.error is not None:
                 result.refuse(forward.error)
         if forward.asks is not None and (result.losses is None or not self.audit):
@@ -227,6 +237,16 @@ class Backwards:
                     own = part if call.examples is None else Few(part, call.examples, forward.batch)
                     forward.made(call, entry, own)
                     result.add(forward, entry, own)
+
+    def changed(self) -> None:
+        """A module's gradient hook has changed a gradient."""
+        if self.losses is None and self.audit:
+            self.refuse(
+                UnsupportedError(
+                    "a backward hook of a module changes gradients: whether it treats examples alone, "
+                    "`px.backward(losses)`, with one loss an example, can tell"
+                )
+            )
 
     def summed(self, error: PerexError) -> None:
         """A sum over the batch got a gradient, which no loss of one example gives it."""

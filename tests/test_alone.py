@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import warnings
 from types import SimpleNamespace
@@ -168,8 +169,7 @@ def test_buffers_are_as_after_one_forward():
 
 def test_once_for_each_shape():
     calls: list[int] = []
-    model = net(lambda m, x: m.second(m.first(x)))
-    model.register_forward_hook(lambda *_: calls.append(1))
+    model = net(lambda m, x: calls.append(1) or m.second(m.first(x)))
     with perex.attach(model) as px:
         for size in (B, B, B + 1, B):
             px.backward(model(data(size, T, D)).sum((1, 2)))
@@ -328,3 +328,49 @@ def test_states_of_every_kind_are_put_back():
     assert model.nested == twin.nested and model.names == twin.names and model.inner == twin.inner
     assert model.array == twin.array and model.numpy.random() == twin.numpy.random()
     assert torch.equal(torch.rand(3, generator=model.generator), torch.rand(3, generator=twin.generator))
+
+
+feature: Tensor | None = None
+
+
+def test_what_hooks_keep_is_of_the_batch():
+    """In a list, a variable, an object, a global: a loss may be of it, and has to be of the batch's own."""
+    global feature
+
+    class Store:
+        last: Tensor | None = None
+
+        def keep(self, module: nn.Module, args: Any, out: Tensor) -> None:
+            self.last = out
+
+    store, parts, kept, variable = Store(), SimpleNamespace(), {}, None
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
+
+    def into(store: Any, module: nn.Module, args: Any, out: Tensor) -> None:
+        store.part = out
+
+    def keep(module: nn.Module, args: Any, out: Tensor) -> None:
+        nonlocal variable
+        global feature
+        variable = feature = kept["out"] = out
+
+    def read(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out if out.abs().max() < 1e9 else out * 2  # has to be looked at by running examples alone
+
+    model[0].register_forward_hook(keep)
+    model[0].register_forward_hook(functools.partial(into, parts))
+    model[0].register_forward_hook(store.keep)
+    model[1].register_forward_hook(read)
+    with perex.attach(model) as px:
+        out = model(x)
+        losses = out.sin().sum(1)
+        for hidden in (store.last, parts.part, kept["out"], variable, feature):
+            losses = losses + hidden.square().sum(1)
+        losses.mean().backward()
+        found = px.norms()
+    for b in range(5):
+        model.zero_grad()
+        hidden = model[0](x[b : b + 1])
+        (model[1](hidden).sin().sum() + 5 * hidden.square().sum()).backward()
+        expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        torch.testing.assert_close(found[b], expected, rtol=1e-9, atol=0)

@@ -84,6 +84,93 @@ def test_a_hook_of_a_module():
         px.backward(model(data(B, T, D)).sin().sum((1, 2)))
 
 
+def kept(statistic: Any) -> Any:
+    """An autograd function whose backward uses something of its input, and a hook that does."""
+
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.kept = statistic(x)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * ctx.kept
+
+    return Custom.apply
+
+
+def kept_by_a_hook(statistic: Any) -> Any:
+    def between(h: Tensor) -> Tensor:
+        h, found = h * 1.0, statistic(h.detach())
+        h.register_hook(lambda grad: grad * found)
+        return h
+
+    return between
+
+
+IN_PROPORTION = {
+    "above the batch's mean": lambda h: h > h.mean(0),
+    "by the batch's mean": lambda h: h.abs().mean(),
+    "by the batch's size": lambda h: torch.tensor(1.0 / len(h)),
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("call", ["losses", "loss"])
+@pytest.mark.parametrize("by", [kept, kept_by_a_hook])
+@pytest.mark.parametrize("case", IN_PROPORTION)
+def test_a_backward_in_proportion_that_mixes(case, by, call, dropout):
+    """Weights on the losses do not show what the backward has from the forward: examples run alone, and back, do."""
+    between = by(IN_PROPORTION[case])
+    model = net(lambda h: between(torch.nn.functional.dropout(h, dropout)))
+    if (by, call, case) == (kept_by_a_hook, "loss", "by the batch's size"):
+        return  # hooks would have to run again, and may count how often they do: a limit that the README names
+    with no_trace(model), perex.attach(model) as px:
+        losses = model(data(B, T, D)).sin().sum((1, 2))
+        if call == "losses":
+            with pytest.raises(perex.ExamplesMixError, match="'first'.* alone"):
+                px.backward(losses)
+        else:
+            losses.mean().backward()
+            with pytest.raises(perex.PerexError, match="'first'.* alone" if by is kept else "hook"):
+                px.norms()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("by", [kept, kept_by_a_hook])
+def test_a_backward_that_keeps_something_of_each_example(by, dropout):
+    between = by(lambda h: h.abs().mean(1, keepdim=True))
+    model = net(lambda h: torch.nn.functional.dropout(between(h).relu_(), dropout))
+    with no_trace(model), perex.attach(model, audit=True) as px:
+        for _ in range(2):
+            px.backward(model(data(B, T, D)).sin().sum((1, 2)))
+            assert px.norms().shape == (B,)
+            model(data(B, T, D)).sin().sum((1, 2)).mean().backward()
+            assert px.norms().shape == (B,)
+
+
+def test_module_hooks_with_a_loss():
+    """One that changes gradients is left to losses; one that looks is run as often as without perex."""
+    seen: list[int] = []
+    model, x = net(lambda h: h), data(B, T, D)
+    handle = model.second.register_full_backward_hook(lambda m, gi, go: seen.append(1))
+    with perex.attach(model) as px:
+        model(x).sin().sum((1, 2)).mean().backward()
+        expected = px.norms()
+        assert len(seen) == 1
+        handle.remove()
+        model.second.register_full_backward_hook(lambda m, gi, go: (gi[0] * 2,))
+        model(x).sin().sum((1, 2)).mean().backward()
+        with pytest.raises(perex.UnsupportedError, match="losses"):
+            px.norms()
+        px.backward(model(x).sin().sum((1, 2)))
+        assert bool((px.norms() > expected).all())
+        model.second.register_full_backward_hook(lambda m, gi, go: (gi[0] / len(gi[0]),))
+        with pytest.raises(perex.ExamplesMixError, match="alone"):
+            px.backward(model(data(B + 1, T, D)).sin().sum((1, 2)))
+
+
 HARMLESS = {
     "passed on": lambda g: g,
     "reversed": lambda g: -0.3 * g,

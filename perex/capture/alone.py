@@ -3,7 +3,8 @@
 Labels say where examples are, but not what a number does that left torch, or a truth value that Python branched on;
 nor can they see into code that runs elsewhere. So the first batch, and any batch whose inputs have new shapes, is
 checked by what it computes: a `Record` keeps a few examples' rows wherever parameters meet them, and `replay` looks
-whether they come out the same when the example is alone. Random draws are recorded too, and given out again.
+whether they come out the same when the example is alone. Random draws are recorded too, and given out again. Where code
+of the user's own runs in the backward, `replay_back` does the same with the gradients that arrive there.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -53,7 +55,7 @@ def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if "dropout" in name or name == "rrelu":
         last = {"rrelu": (3, "training", False)}.get(name, (2, "training", name in ("dropout",)))
         training = args[last[0]] if len(args) > last[0] else kwargs.get("train", kwargs.get(last[1], last[2]))
-        return bool(training)
+        return bool(training) and not (name != "rrelu" and (args[1] if len(args) > 1 else kwargs.get("p", 0.5)) == 0)
     if name == "scaled_dot_product_attention":
         return bool((args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0)
     return True
@@ -61,20 +63,36 @@ def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 @dataclass
 class Seen:
-    """What the examples had at one place: `key` are the parameters that met them there."""
+    """What the examples had at one place.
+
+    Attributes:
+        where: the module.
+        key: the parameters that met them there.
+        rows: what they had.
+        grads: what gradients they got, if a backward has come by.
+    """
 
     where: str
     key: tuple[str, ...]
     rows: Rows
+    grads: Rows = field(default_factory=dict)
 
 
 @dataclass
 class Draw:
-    """What a random operator gave: rows of examples, or one tensor for all; and the rows it was given."""
+    """What a random operator gave: rows of examples, or one tensor for all; and the rows it was given.
+
+    Attributes:
+        name: of the operator.
+        given: the rows of its arguments.
+        rows: the rows of its results.
+        slope: for dropout, the derivative of each element by its own input; None where that is not known.
+    """
 
     name: str
     given: list[Seen]
     rows: list[Rows | Tensor]
+    slope: Rows | None = None
 
 
 class Record:
@@ -99,6 +117,7 @@ class Record:
         self.module = module
         self.inputs = {b: inputs(b) for b in examples}
         self.seen: list[Seen] = []
+        self.places: dict[int, Seen] = {}  # by the call; one that is gone gets no gradient, so another may be there
         self.draws: list[Draw] = []
         self.outputs: list[Seen] = []
         self.versions: list[int] = []  # of the parameters before
@@ -123,7 +142,14 @@ class Record:
         if any(isinstance(source, Shared) for source in call.slots.values()):
             return
         key = tuple(sorted(source.name for source in call.slots.values() if isinstance(source, Entry)))
-        self.seen += [Seen(call.where, key, self.rows(t, axis)) for t, axis in zip(results, axes, strict=True)][:1]
+        seen = self.places[id(call)] = Seen(call.where, key, self.rows(results[0], axes[0]))
+        self.seen.append(seen)
+
+    def arrived(self, call: Call, grads: Sequence[Tensor | None]) -> None:
+        """Gradients have come to where parameters met examples."""
+        seen, grad = self.places.get(id(call)), grads[0]
+        if seen is not None and grad is not None and not grad.is_sparse:
+            seen.grads = self.rows(grad, call.out_axes[0])
 
     def given(self, where: str, labels: Labels, tensors: list[Tensor]) -> list[Seen]:
         """What a random operator is given."""
@@ -135,6 +161,12 @@ class Record:
             self.rows(t, held) if isinstance(held, (Axis, Single)) else t.detach().clone() for t, held in out
         ]
         self.draws.append(Draw(plain_name(func), given, rows))
+        tensor, held = out[0] if len(out) == 1 else (None, None)
+        if tensor is None or tensor.grad_fn is None or not isinstance(held, (Axis, Single)) or packing():
+            return
+        if tensor.grad_fn.name() in ("MulBackward0", "NativeDropoutBackward0") and not in_place(func):
+            slope = tensor.grad_fn(torch.ones_like(tensor))[0]  # type: ignore[operator]
+            self.draws[-1].slope = None if slope.shape != tensor.shape else self.rows(slope, held)
 
     def returned(self, tensor: Tensor, label: Label) -> None:
         """An output of the model."""
@@ -149,10 +181,14 @@ class Replay(TorchFunctionMode):
         record: of the batch.
         example: the example's number in it.
         parameters: the model's parameters.
+        back: whether a backward is to come.
     """
 
-    def __init__(self, record: Record, example: int, parameters: Parameters) -> None:
+    def __init__(self, record: Record, example: int, parameters: Parameters, back: bool = False) -> None:
         super().__init__()
+        self.back = back
+        self.got: dict[tuple[str, ...], list[GradientEdge | None]] = defaultdict(list)
+        self.unlike = False  # whether the backward to come draws other random numbers than the batch's
         self.record = record
         self.example = example
         self.parameters = parameters
@@ -166,7 +202,7 @@ class Replay(TorchFunctionMode):
     ) -> Any:
         """Run one operator."""
         kwargs = kwargs or {}
-        if func is Tensor.register_hook:  # there are no gradients here
+        if func is Tensor.register_hook and not self.back:  # there are no gradients here
             return RemovableHandle({})
         replacement = rewritten(func, args)
         if replacement is None and composite(func) and func not in OPERATORS and not draws(func, args, kwargs):
@@ -184,6 +220,8 @@ class Replay(TorchFunctionMode):
         results = tensors_in(out)
         if key and results and results[0].is_floating_point() and results[0].numel() and not in_place(func):
             self.met[key].append(results[0].detach().clone())  # it may be changed in place
+            if self.back:
+                self.got[key].append(get_gradient_edge(results[0]) if results[0].requires_grad else None)
         return out
 
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -198,9 +236,20 @@ class Replay(TorchFunctionMode):
         out = func(*args, **kwargs)
         for tensor, drawn in zip(tensors_in(out), recorded.rows, strict=False):
             rows = drawn if isinstance(drawn, Tensor) else drawn.get(self.example)
-            if rows is not None and (fitting := fitted(rows, tensor, self.example, self.record.batch)) is not None:
-                tensor.detach().copy_(fitting)
+            if rows is None or (fitting := fitted(rows, tensor, self.example, self.record.batch)) is None:
+                continue
+            slope = None if recorded.slope is None else recorded.slope.get(self.example)
+            if tensor.requires_grad and slope is not None and slope.shape == tensor.shape and not packing():
+                linear = args[0] * slope
+                return linear + (fitting - linear).detach()
+            self.unlike = self.unlike or tensor.requires_grad
+            tensor.detach().copy_(fitting)
         return out
+
+
+def packing() -> bool:
+    """Whether what a backward needs is packed, or made again as in checkpoints, which then draw anew."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def fitted(drawn: Tensor, wanted: Tensor, example: int, batch: int) -> Tensor | None:
@@ -222,6 +271,38 @@ def close(rows: Tensor, alone: Tensor) -> bool:
     return torch.allclose(rows, alone.to(rows), rtol=0.0, atol=slack, equal_nan=True)
 
 
+@contextlib.contextmanager
+def run_alone(record: Record, parameters: Parameters, example: int, back: bool) -> Iterator[tuple[Replay, Any]]:
+    """Run one of the recorded examples alone; what was seen, and what the model returned."""
+    args, kwargs = record.inputs[example]
+    mode = Replay(record, example, parameters, back)
+    with starting_from(record.before, record.module), torch.set_grad_enabled(back), contextlib.ExitStack() as casts:
+        for kind, dtype, enabled in record.autocast:
+            casts.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+        random.setstate(record.state[0])
+        np.random.set_state(record.state[1])
+        with mode:
+            out = record.module(*args, **kwargs)
+        if mode.drawn or mode.short:
+            raise RuntimeError("it draws random numbers in another order when it is alone")
+        yield mode, out
+
+
+def comparable(record: Record, example: int, met: dict[tuple[str, ...], Any]) -> Iterator[tuple[Seen, int]]:
+    """Where an example has met parameters, in order, each with its number among those where it met the same.
+
+    Where it met them more or less often alone, outputs have to tell.
+    """
+    here = [seen for seen in record.seen if example in seen.rows]
+    times = Counter(seen.key for seen in here)
+    matched = {key for key, count in times.items() if count == len(met[key])}
+    number: Counter[tuple[str, ...]] = Counter()
+    for seen in here:
+        if seen.key in matched:
+            yield seen, number[seen.key]
+        number[seen.key] += 1
+
+
 def replay(record: Record, parameters: Parameters) -> Seen | None:
     """Run the recorded examples alone; the first place where one of them differs, or None.
 
@@ -229,29 +310,43 @@ def replay(record: Record, parameters: Parameters) -> Seen | None:
         RuntimeError and others: whatever the model raises on one example.
     """
     for b in record.examples:
-        args, kwargs = record.inputs[b]
-        mode = Replay(record, b, parameters)
-        with starting_from(record.before, record.module), torch.no_grad(), contextlib.ExitStack() as casts:
-            for kind, dtype, enabled in record.autocast:
-                casts.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
-            random.setstate(record.state[0])
-            np.random.set_state(record.state[1])
-            with mode:
-                out = record.module(*args, **kwargs)
-        if mode.drawn or mode.short:
-            raise RuntimeError("it draws random numbers in another order when it is alone")
-        here = [seen for seen in record.seen if b in seen.rows]
-        times = Counter(seen.key for seen in here)
-        matched = {key for key, count in times.items() if count == len(mode.met[key])}
-        for seen in here:  # in order; where it met parameters more or less often alone, outputs have to tell
-            found = mode.met[seen.key]
-            if seen.key in matched and not close(seen.rows[b], found.popleft()):
-                return seen
-        if mode.differs:
-            return mode.differs[0]
-        alone = list(tensors_of(out))
-        if len(alone) == len(record.outputs):
-            for seen, tensor in zip(record.outputs, alone, strict=True):
-                if b in seen.rows and not close(seen.rows[b], tensor.detach()):
+        with run_alone(record, parameters, b, back=False) as (mode, out):
+            for seen, number in comparable(record, b, mode.met):
+                if not close(seen.rows[b], mode.met[seen.key][number]):
+                    return seen
+            if mode.differs:
+                return mode.differs[0]
+            alone = list(tensors_of(out))
+            if len(alone) == len(record.outputs):
+                for seen, tensor in zip(record.outputs, alone, strict=True):
+                    if b in seen.rows and not close(seen.rows[b], tensor.detach()):
+                        return seen
+    return None
+
+
+def replay_back(record: Record, parameters: Parameters) -> Seen | None:
+    """Run the recorded examples alone, and back; the last place where one of them gets another gradient, or None.
+
+    The batch has run back already, from gradients of its outputs that `record.outputs` keep.
+
+    Raises:
+        RuntimeError and others: whatever the model raises on one example.
+    """
+    for b in record.examples:
+        with run_alone(record, parameters, b, back=True) as (mode, out):
+            alone = list(tensors_of(out))
+            if mode.unlike or len(alone) != len(record.outputs):
+                return None
+            pairs = [(t, seen.grads[b]) for t, seen in zip(alone, record.outputs, strict=True) if b in seen.grads]
+            if not pairs or any(tensor.shape != grad.shape or not tensor.requires_grad for tensor, grad in pairs):
+                return None
+            ends, grads = zip(*pairs, strict=True)
+            met = [(seen, mode.got[seen.key][number]) for seen, number in comparable(record, b, mode.got)]
+            wanted = [(seen, edge) for seen, edge in reversed(met) if b in seen.grads and edge is not None]
+            if not wanted:
+                return None
+            found = torch.autograd.grad(ends, [edge for _, edge in wanted], grads, allow_unused=True)
+            for (seen, _), grad in zip(wanted, found, strict=True):
+                if grad is not None and not close(seen.grads[b], grad):
                     return seen
     return None

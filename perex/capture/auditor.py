@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from perex.capture.alone import Record, replay
+from perex.capture.alone import Record, replay, replay_back
 from perex.capture.axis import Axis
 from perex.capture.checks import run_eagerly
 from perex.capture.doubts import FAINT, STRONG, WEAK
 from perex.capture.forward import Forward
 from perex.capture.labels import Labels
 from perex.capture.nest import map_tensors, tensors_of
-from perex.capture.outputs import Outputs
+from perex.capture.outputs import Output, Outputs
 from perex.capture.parameters import Parameters
-from perex.capture.probe import Probe, custom_functions, same_draws, weighted, weights_of
+from perex.capture.probe import Probe, same_draws, user_code, watch_modules, weighted, weights_of
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
 
 ALL, MANY, FEW, LATER = 16, 8, 4, 2
@@ -87,13 +89,18 @@ class Auditor:
         record.versions = parameters.versions()
         return record
 
-    def settle(self, forward: Forward, parameters: Parameters) -> None:
+    def look(self, forward: Forward, outputs: Outputs, parameters: Parameters) -> None:
         """Check a forward that leaves a doubt as soon as it is over, and remember what was found."""
-        if self.enabled and forward.doubt is not None and not forward.recomputed:
-            try:
+        record = forward.record
+        if not self.enabled or forward.recomputed:
+            return
+        try:
+            if forward.doubt is not None:
                 self.check(forward, parameters)
-            except PerexError as error:
-                forward.error = error
+        except PerexError as error:
+            forward.error = error
+        else:
+            self.look_back(forward, dict(outputs.edges).get(forward.number, []), parameters, record)
 
     def check(self, forward: Forward, parameters: Parameters) -> None:
         """Run what was recorded of a forward, if anything was.
@@ -140,34 +147,73 @@ class Auditor:
         self.audited.add(forward.shapes)
         forward.settled = True
 
-    def look_back(self, forward: Forward, outputs: Outputs, parameters: Parameters) -> None:
+    def look_back(
+        self, forward: Forward, outputs: Sequence[Output], parameters: Parameters, record: Record | None
+    ) -> None:
         """If autograd functions of the user's own are in the graph, look whether their backward keeps examples apart.
 
-        Any gradient of the outputs will do for that. It is done here for `loss.backward()`, which comes without losses
-        of examples; not where gradient hooks would run, which may well count how often they do.
+        Any gradient of the outputs will do for that. So it is known for `loss.backward()` too, which comes without
+        losses of examples. Where there are only hooks, which may well count how often they run, it is left to
+        `px.backward(losses)`, and done if they change gradients.
         """
-        unsuitable = forward.batch < 2 or forward.recomputed or forward.once or parameters.sharded or not self.enabled
+        unsuitable = forward.batch < 2 or forward.once or parameters.sharded
         if unsuitable or forward.shapes in self.looked or len(self.looked) >= MANY:
             return
-        pairs = outputs.pairs()
-        if not custom_functions([tensor.grad_fn for tensor, _ in pairs]):
+        functions, hooks = user_code([output.edge.node for output in outputs])
+        watch_modules(hooks, forward)
+        forward.hooked = forward.hooked or bool(hooks)
+        if functions:
+            self.compare_backwards(forward, outputs, parameters, record)
+        elif forward.hooked:
+            forward.compare = partial(self.compare_backwards, forward, outputs, parameters, record)
+        else:
             self.looked.add(forward.shapes)
-            return
+
+    def compare_backwards(
+        self, forward: Forward, outputs: Sequence[Output], parameters: Parameters, record: Record | None
+    ) -> None:
+        """Compare what comes to the taps with other weights, and to examples that are alone."""
         weights = weights_of(forward.batch, forward.half)
-        probe, tensors = Probe({forward: weights}), [tensor for tensor, _ in pairs]
+        probe, edges = Probe({forward: weights}, record), [output.edge for output in outputs]
         with same_draws():
-            grads = [torch.randn_like(tensor) for tensor in tensors]
-        scaled = [weighted(grad, axis, weights) for grad, (_, axis) in zip(grads, pairs, strict=True)]
+            grads = [torch.randn_like(output.like, device=output.device) for output in outputs]
+        scaled = [weighted(grad, output.axis, weights) for grad, output in zip(grads, outputs, strict=True)]
         with same_draws():
-            if not forward.receiver.look(probe, tensors, scaled, [forward]):
+            if not forward.receiver.look(probe, edges, scaled, [forward]):
                 return
         probe.weighted = False
         with same_draws():
-            if not forward.receiver.look(probe, tensors, grads, [forward]):
+            before = torch.get_rng_state()
+            if not forward.receiver.look(probe, edges, grads, [forward]):
                 raise UnsupportedError(
                     "the model's graph holds an autograd function of your own whose backward can be run once only, and "
                     "perex ran it to see whether it keeps examples apart: attach(..., audit=False) does without that"
                 )
+            drawn = not torch.equal(before, torch.get_rng_state())
         if probe.error is None and (not probe.blank or forward.number > BLANKS):
             self.looked.add(forward.shapes)
         forward.error = forward.error or probe.error
+        if record is not None and forward.error is None and not drawn:
+            for grad, output in zip(grads, outputs, strict=True):
+                record.outputs[output.place].grads = record.rows(grad, output.axis)
+            forward.error = self.compare_back(record, parameters)
+
+    def compare_back(self, record: Record, parameters: Parameters) -> PerexError | None:
+        """Run examples alone and back; the error if one gets another gradient than in the batch."""
+        self.running, restore = True, run_eagerly()
+        try:
+            seen = replay_back(record, parameters)
+        except Exception:
+            return None  # it cannot be run on one example, or its graph not for this
+        finally:
+            restore()
+            self.running = False
+        if seen is None:
+            return None
+        place = f"of module '{seen.where}'" if seen.where else "of the model's own parameters"
+        return ExamplesMixError(
+            f"Between the output {place} and the losses, the backward gives an example another gradient when it is "
+            "alone in the batch. A custom autograd function or a gradient hook uses something of all examples there, "
+            "such as a mean that it kept from the forward, or the batch's size. Then no example has a gradient of its "
+            "own. Take it off; or, if that is an effect of rounding, attach(..., audit=False) does without this check"
+        )

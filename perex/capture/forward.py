@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from perex.capture.axis import Held
 from perex.capture.parameters import Entry, Shared, Source
@@ -37,9 +38,16 @@ class Receiver(Protocol):
         """An output gradient of a call has arrived."""
 
     def look(
-        self, probe: Probe, outputs: Sequence[Tensor], grads: Sequence[Tensor], forwards: Sequence[Forward]
+        self,
+        probe: Probe,
+        outputs: Sequence[GradientEdge],
+        grads: Sequence[Tensor],
+        forwards: Sequence[Forward],
     ) -> bool:
         """Run a backward as far as the taps, for a probe alone; whether that could be done."""
+
+    def changed(self) -> None:
+        """A module's gradient hook has changed a gradient."""
 
     def summed(self, error: PerexError) -> None:
         """The running backward goes through a sum over the batch."""
@@ -95,6 +103,9 @@ class Forward:
         shapes: tells inputs of one kind from others.
         half: whether a tap is behind an operator in half precision of five bits of exponent, `torch.float16`.
         once: whether its graph can be run backward once only.
+        hooked: whether gradient hooks of the user's own were put on tensors or modules in it.
+        changed: whether such a hook has changed a gradient.
+        compare: runs examples alone and back, where that is left until hooks have changed gradients.
         doubt: why a run of some examples alone has to show that they do not depend on the others, if it has to.
     """
 
@@ -112,6 +123,9 @@ class Forward:
         self.strength = 0
         self.half = False
         self.once = False
+        self.hooked = False
+        self.changed = False
+        self.compare: Callable[[], None] | None = None
         self.settled = False
         self.record: Record | None = None
         self.error: PerexError | None = None
@@ -153,6 +167,11 @@ class Forward:
     def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Hand on what a tap got."""
         self.receiver.receive(call, saved, grads)
+
+    def hook_changed(self) -> None:
+        """A module's gradient hook has changed a gradient."""
+        self.changed = True
+        self.receiver.changed()
 
     def summed(self, error: PerexError) -> None:
         """A sum over the batch got a gradient: right for the loss of a batch, and wrong for losses of examples."""

@@ -44,7 +44,7 @@ from perex.capture.operators import (
     out_of_place,
 )
 from perex.capture.parameters import Entry, Parameters, Shared
-from perex.capture.probe import watched
+from perex.capture.probe import closed_over, watched
 from perex.capture.refusals import Refusals
 from perex.capture.rewrites import rewritten
 from perex.capture.taps import Guard
@@ -144,7 +144,15 @@ class Capture(TorchFunctionMode):
             return doubts.unfollowed(func, args, kwargs)
         if func is Tensor.register_hook:
             held, (hook,) = labels.held(args[0]), (*args[1:], *kwargs.values())
-            return func(args[0], hook if held is None else watched(hook, self.forward, held))
+            if held is None:
+                return func(*args, **kwargs)
+            self.forward.hooked = True
+            if any(isinstance(labels.of(tensor), Lost) for tensor in closed_over(hook)):
+                self.forward.asks = (
+                    "a gradient hook holds something computed from several examples: whether it keeps them apart, "
+                    "`px.backward(losses)`, with one loss an example, can tell"
+                )
+            return func(args[0], watched(hook, self.forward, held))
         if func in INDEXES:
             self.doubts.look_at_slices(args[1])
         if self.opaque is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,24 @@ from perex.capture.sharding import EXIT, Exit
 from perex.errors import UnsupportedError
 
 
+class Output(NamedTuple):
+    """One that gradients come through.
+
+    Attributes:
+        edge: where it is in the graph.
+        axis: where the examples are in it.
+        place: its number among all outputs.
+        like: a tensor of its shape and type, without memory.
+        device: where it is.
+    """
+
+    edge: GradientEdge
+    axis: Held
+    place: int
+    like: Tensor
+    device: torch.device
+
+
 class Outputs:
     """Remembers the outputs of the latest forwards.
 
@@ -27,15 +45,14 @@ class Outputs:
 
     Attributes:
         labels: each output of the latest forward, and where the examples are in it.
-        edges: for each forward since the last backward (two at most), its number and where its outputs are in the
-            graph.
+        edges: for each forward since the last backward (two at most), its number and its outputs in the graph.
     """
 
     def __init__(self, parameters: Parameters, batch_dim: int) -> None:
         self.parameters = parameters
         self.batch_dim = batch_dim
         self.labels: list[tuple[weakref.ref[Tensor], Held | Lost]] = []
-        self.edges: list[tuple[int, list[tuple[GradientEdge, Held]]]] = []
+        self.edges: list[tuple[int, list[Output]]] = []
 
     def finish(self, capture: Capture, out: Any) -> Any:
         """Take up what a model returns, and give out what it is to return in its place."""
@@ -45,11 +62,6 @@ class Outputs:
             out = self.behind_hooks(capture, out)
         self.take(capture, out)
         return out
-
-    def pairs(self) -> list[tuple[Tensor, Held]]:
-        """Outputs of the latest forward through which gradients come, with their axes."""
-        found = [(tensor, label) for ref, label in self.labels if (tensor := ref()) is not None]
-        return [(t, label) for t, label in found if t.requires_grad and isinstance(label, (Axis, Single))]
 
     def clear(self) -> None:
         """Forget them."""
@@ -92,7 +104,7 @@ class Outputs:
     def take(self, capture: Capture, out: Any) -> None:
         """Remember where the examples are in the outputs; refuse those in which they are mixed, or may be."""
         self.labels = []
-        edges: list[tuple[GradientEdge, Held]] = []
+        edges: list[Output] = []
         self.edges = [*self.edges[-1:], (capture.forward.number, edges)]
         packed = {id(sequence.data) for sequence in packed_in(out)}
         labels = [capture.labels.of(tensor) for tensor in tensors_of(out) if tensor.requires_grad]
@@ -111,7 +123,7 @@ class Outputs:
                 "an output of the model is of one example, and not every example has one: whether only that example's "
                 "loss reads it, `px.backward(losses)` can tell"
             )
-        for tensor in tensors_of(out):
+        for place, tensor in enumerate(tensors_of(out)):
             label = capture.labels.of(tensor)
             if isinstance(label, Axis) and label.owners is not None and id(tensor) not in packed:
                 if bool((label.owners.ids.diff() < 0).any()):
@@ -123,7 +135,8 @@ class Outputs:
                 capture.forward.record.returned(tensor, capture.labels.batch_label(tensor))
             audited = not self.parameters.sharded or tensor.grad_fn is not None and tensor.grad_fn.name() == EXIT
             if isinstance(label, (Axis, Single)) and tensor.requires_grad and audited:
-                edges.append((get_gradient_edge(tensor), label))
+                like = torch.empty_like(tensor, device="meta", requires_grad=False)
+                edges.append(Output(get_gradient_edge(tensor), label, place, like, tensor.device))
             if isinstance(label, (Axis, Single, Lost)):
                 self.labels.append((weakref.ref(tensor), label))
             if isinstance(label, Axis) and label.dim != self.batch_dim and capture.ambiguous is not None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import CellType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from perex.capture.alone import Record
 from perex.capture.axis import Held, Single
 from perex.capture.forward import Forward
 from perex.errors import ExamplesMixError, PerexError
@@ -61,6 +63,7 @@ class Probe:
 
     Args:
         weights: for each forward, what the losses of its examples were multiplied by, `(B,)`.
+        record: which is to get some examples' gradients in the backward that is not weighted.
 
     Attributes:
         weighted: whether the backward that is running is the weighted one.
@@ -68,8 +71,9 @@ class Probe:
         blank: whether a tap got nothing to compare: zeros, as behind a head that is zero at first, or no numbers.
     """
 
-    def __init__(self, weights: Mapping[Forward, Tensor]) -> None:
+    def __init__(self, weights: Mapping[Forward, Tensor], record: Record | None = None) -> None:
         self.weights = weights
+        self.record = record
         self.half = any(forward.half for forward in weights)
         self.weighted = True
         self.error: PerexError | None = None
@@ -103,6 +107,8 @@ class Probe:
         if self.weighted:
             self.seen[id(call)] = self.prints(call, grads)
             return
+        if self.record is not None:
+            self.record.arrived(call, grads)
         before = self.seen.pop(id(call), None)
         weights = self.weights.get(call.forward)
         if before is None or weights is None or self.error is not None:
@@ -152,6 +158,7 @@ def watched(hook: Callable[[Tensor], Tensor | None], forward: Forward, axis: Hel
         out = hook(grad)
         if out is None or out is grad or out.shape != grad.shape or forward.batch < 2:
             return out
+        forward.changed = True
         weights = weights_of(forward.batch, grad.dtype == torch.float16)
         with torch.no_grad():
             again, expected = hook(weighted(grad, axis, weights)), weighted(out.detach(), axis, weights)
@@ -166,6 +173,13 @@ def watched(hook: Callable[[Tensor], Tensor | None], forward: Forward, axis: Hel
         return out
 
     return run
+
+
+def closed_over(hook: Callable[..., Any]) -> list[Tensor]:
+    """The tensors that a hook has from the function that it was written in."""
+    cells = getattr(hook, "__closure__", None) or ()
+    values = [cell.cell_contents for cell in cells if cell != CellType()]  # an empty one is like it
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 @contextmanager
@@ -187,18 +201,30 @@ def nodes(roots: Iterable[Node | None]) -> Iterator[Any]:
             waiting += [source for source, _ in node.next_functions if source is not None]
 
 
-def custom_functions(roots: Iterable[Node | None]) -> bool:
-    """Whether autograd functions that are not of torch or perex are in a graph, and nothing that forbids to run it.
+def user_code(roots: Iterable[Node | None]) -> tuple[bool, list[Any]]:
+    """Whether autograd functions that are not of torch or perex are in a graph; and the nodes of modules' hooks.
 
-    That is a gradient hook of a module, or what `DistributedDataParallel` puts behind the outputs of a static graph.
+    None behind outputs of `DistributedDataParallel` with a static graph: that may be run once.
     """
-    found = False
+    functions, hooks = False, list[Any]()
     for node in nodes(roots):
         if node.name() == SINK:
-            return False
+            return False, []
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             module = getattr(type(node), "_forward_cls", type(node)).__module__
             if module == "torch.nn.modules._functions":
-                return False
-            found = found or not module.startswith(("perex.", "torch."))
-    return found
+                hooks.append(node)
+            functions = functions or not module.startswith(("perex.", "torch."))
+    return functions, hooks
+
+
+def watch_modules(hooks: Iterable[Any], forward: Forward) -> None:
+    """Hear of it when hooks of modules change gradients."""
+
+    def ran(inner: Sequence[Tensor | None], outer: Sequence[Tensor | None]) -> None:
+        pairs = [(a, b) for a, b in zip(inner, outer, strict=True) if a is not b]
+        if any(a is None or b is None or a.data_ptr() != b.data_ptr() for a, b in pairs):
+            forward.hook_changed()
+
+    for node in hooks:
+        node.register_hook(ran)

@@ -163,8 +163,7 @@ class Session:
             if frame.begins:
                 self.end()
         if frame.begins and capture is not None and out is not None:
-            self.auditor.settle(capture.forward, self.parameters)
-            self.auditor.look_back(capture.forward, self.outputs, self.parameters)
+            self.auditor.look(capture.forward, self.outputs, self.parameters)
         return result
 
     def begin(self, frame: Frame, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

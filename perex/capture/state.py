@@ -1,4 +1,7 @@
-"""What modules hold beside parameters, before a forward and after it: buffers, attributes, containers."""
+"""What modules hold beside parameters, before a forward and after it: buffers, attributes, containers.
+
+And what their hooks hold, which often keep something of each forward in a list or a variable outside the model.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import dataclasses
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator
-from types import SimpleNamespace
+from functools import partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,8 +33,14 @@ class State:
     def __init__(self, module: nn.Module, copies: bool) -> None:
         self.attributes = [(owner, dict(owner.__dict__), dict(owner._buffers)) for owner in module.modules()]
         own = [(found, name) for _, found, _ in self.attributes for name in found if name not in OF_ALL_MODULES]
+        hooks = [
+            hook
+            for owner, _, _ in self.attributes
+            for hook in (*owner._forward_hooks.values(), *owner._forward_pre_hooks.values())
+            if not (getattr(hook, "__module__", None) or "").startswith("perex.")  # these look on
+        ]
         held = [found[name] for found, name in own]
-        self.contents = [(value, kept(value)) for value in changeable(held)]
+        self.contents = [(value, kept(value)) for value in (*changeable(held), *changeable(variables(hooks)))]
         buffers = [b for _, _, found in self.attributes for b in found.values() if b is not None]
         tensors = [value for value in (*held, *buffers) if type(value) is Tensor and not value.requires_grad]
         self.copies = {id(tensor): (tensor, tensor.detach().clone()) for tensor in tensors if copies}
@@ -47,6 +57,46 @@ class State:
             restore(value, before)
 
 
+class Variables:
+    """The variables that a function shares with others: in its closure, and global."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self.cells = [cell for cell in function.__closure__ or () if cell != CellType()]  # an empty one is like it
+        self.globals = function.__globals__
+        self.names = [
+            name
+            for name in function.__code__.co_names
+            if not isinstance(self.globals.get(name, int), (type, ModuleType, FunctionType, BuiltinFunctionType))
+        ]
+
+    def values(self) -> tuple[list[Any], list[Any]]:
+        """What they are now."""
+        return [cell.cell_contents for cell in self.cells], [self.globals[name] for name in self.names]
+
+    def put(self, before: tuple[list[Any], list[Any]]) -> None:
+        """Make them that again."""
+        for cell, value in zip(self.cells, before[0], strict=True):
+            cell.cell_contents = value
+        self.globals.update(zip(self.names, before[1], strict=True))
+
+
+def variables(hooks: Iterable[Any]) -> Iterator[Any]:
+    """Where hooks may keep something: variables, and attributes of the object that one belongs to."""
+    waiting = list(hooks)
+    while waiting:
+        hook = waiting.pop()
+        if isinstance(hook, FunctionType):
+            yield Variables(hook)
+        elif isinstance(hook, partial):
+            waiting.append(hook.func)
+            yield [*hook.args, *hook.keywords.values()]
+        elif isinstance(hook, MethodType):
+            waiting.append(hook.__func__)
+            yield getattr(hook.__self__, "__dict__", None)
+        else:
+            yield getattr(hook, "__dict__", None)
+
+
 CONTAINERS = (list, dict, set, deque)
 
 
@@ -58,9 +108,11 @@ def changeable(values: Iterable[Any]) -> Iterator[Any]:
         if id(value) in seen or isinstance(value, (Tensor, nn.Module, type, str, bytes, int, float)):
             continue
         seen.add(id(value))
-        if isinstance(value, (*CONTAINERS, np.ndarray, bytearray, torch.Generator, np.random.Generator)):
+        if isinstance(value, (Variables, *CONTAINERS, np.ndarray, bytearray, torch.Generator, np.random.Generator)):
             yield value
-        if isinstance(value, dict):
+        if isinstance(value, Variables):
+            waiting += [*value.values()[0], *value.values()[1]]
+        elif isinstance(value, dict):
             waiting += value.values()
         elif isinstance(value, (list, tuple, set, frozenset, deque)):
             waiting += value
@@ -72,6 +124,8 @@ def kept(value: Any) -> Any:
     """What is needed to put one of them back."""
     if isinstance(value, torch.Generator):
         return value.get_state()
+    if isinstance(value, Variables):
+        return value.values()
     return value.bit_generator.state if isinstance(value, np.random.Generator) else copy.copy(value)
 
 
@@ -83,6 +137,8 @@ def restore(value: Any, before: Any) -> None:
         value.set_state(before)
     elif isinstance(value, np.random.Generator):
         value.bit_generator.state = before
+    elif isinstance(value, Variables):
+        value.put(before)
     elif isinstance(value, bytearray):
         value[:] = before
     elif value.flags.writeable:
