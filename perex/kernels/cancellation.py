@@ -23,9 +23,10 @@ def recomputed(values: Tensor, sizes: Tensor, exact: Callable[[Tensor], Tensor])
     Returns:
         Tensor `(B,)`, of which no more than a quarter of the digits went to cancellation.
     """
-    small = values <= torch.finfo(values.dtype).eps ** 0.25 * sizes
-    small &= sizes > 0
-    if not bool(small.any()):
+    share = torch.finfo(values.dtype).eps ** 0.25
+    if bool((values > share * sizes).all()):
         return values
-    examples = small.nonzero().flatten()
+    examples = ((values <= share * sizes) & (sizes > 0)).nonzero().flatten()
+    if not examples.numel():  # no numbers, or zeros
+        return values
     return values.index_copy(0, examples, exact(examples).to(values.dtype))

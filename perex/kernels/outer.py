@@ -3,6 +3,7 @@ r"""Squared norms and inner products of sums of outer products, $G_b = \sum_t l_
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from perex.kernels.strategies import Strategies
 NORMS = Strategies("outer products")
 """Ways to $\\|G_b\\|^2$, for `left` of shape `(B, G, T, m)` and `right` `(B, G, T, n)`, with G independent groups."""
 
-PIECES, SHORTEST = 4, 32
+PIECES, SHORTEST = 4, 64
 """Into how many pieces positions are split for symmetric products, and how short these may be."""
 
 
@@ -60,8 +61,8 @@ def _direct(left: torch.Size, right: torch.Size) -> Plan | None:
 def direct(left: Tensor, right: Tensor) -> Tensor:
     r"""$\|\sum_t l_t r_t^\top\|^2$, multiplied out a few examples at a time: $2 T m n$ operations an example."""
     entries = left.shape[1] * left.shape[3] * right.shape[3]
-    parts = [squares((left[i:j].mT @ right[i:j]).flatten(1), 1) for i, j in example_blocks(left.shape[0], entries)]
-    return torch.cat(parts)
+    ranges = example_blocks(left.shape[0], entries)
+    return joined([squares((left[i:j].mT @ right[i:j]).flatten(1), 1) for i, j in ranges])
 
 
 def pieces(positions: int) -> Iterator[tuple[int, int]]:
@@ -91,17 +92,19 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     largest = groups * positions * max((stop - start for start, stop in ranges), default=0)
     totals, sizes = [], []
     for i, j in example_blocks(batch, largest):
-        total = size = left.new_zeros(j - i, dtype=left.dtype.to_real())
+        total: Tensor | float = 0.0
+        size: Tensor | float = 0.0
         for start, stop in ranges:
             lefts = left[i:j, :, start:stop] @ left[i:j, :, :stop].mH  # (b, G, piece, stop)
             rights = right[i:j, :, start:stop] @ right[i:j, :, :stop].mH
             product = lefts.mul_(rights).real if lefts.is_complex() else lefts.mul_(rights)
-            before, within = product[..., :start], product[..., start:]
-            total = total + within.sum((1, 2, 3)) + 2 * before.sum((1, 2, 3))
-            size = size + 2 * torch.linalg.vector_norm(product, 1, dim=(1, 2, 3))
+            total = total + product[..., start:].sum((1, 2, 3))
+            if start:
+                total = total + 2 * product[..., :start].sum((1, 2, 3))
+            size = size + (1 + bool(start)) * torch.linalg.vector_norm(product, 1, dim=(1, 2, 3))
         totals.append(total)
         sizes.append(size)
-    return recomputed(torch.cat(totals), torch.cat(sizes), lambda b: direct(left[b], right[b]))
+    return recomputed(joined(totals), joined(sizes), lambda b: direct(left[b], right[b]))
 
 
 def gram_dot(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:
@@ -122,9 +125,14 @@ def gram_dot(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tenso
         lefts = left[i:j] @ other_left[i:j].mT  # (b, G, T, S)
         rights = right[i:j] @ other_right[i:j].mT
         parts.append(lefts.mul_(rights).sum((1, 2, 3)))
-    return torch.cat(parts)
+    return joined(parts)
 
 
 def squares(x: Tensor, dim: int) -> Tensor:
     r"""$\sum |x|^2$ over a dimension, without a tensor of squares."""
     return torch.linalg.vector_norm(x, dim=dim).square()
+
+
+def joined(parts: list[Any]) -> Tensor:
+    """One after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
