@@ -12,6 +12,7 @@ from perex.capture.axis import Single
 from perex.capture.outputs import Output
 from perex.capture.probe import SINK
 from perex.errors import ExamplesMixError
+from perex.kernels.blocks import example_blocks
 
 
 def check_losses(losses: Tensor, outputs: Sequence[Output], batch: int, first: int = 0) -> None:
@@ -46,19 +47,27 @@ def check_losses(losses: Tensor, outputs: Sequence[Output], batch: int, first: i
             if grad is None or once is None or grad.numel() == 0:
                 continue
             whose = slice(axis.example, axis.example + 1) if isinstance(axis, Single) else slice(0, batch)
-            found, single = (axis.front(part, batch) for part in (grad, once))
-            found, single = found.reshape(len(found), -1), single.reshape(len(found), -1)
-            expected = single * own[whose].to(once).unsqueeze(1)
-            slack = 8 * torch.finfo(found.dtype).eps * expected.abs().amax(1, keepdim=True).nan_to_num()
-            close = (found - expected).abs() <= slack
-            same = close | (found == expected) | (found.isnan() & expected.isnan())
-            if not bool(same.all()):
-                example = int((~same).any(1).nonzero()[0]) + (whose.start or 0)
+            found, single = (axis.front(part, batch).flatten(1) for part in (grad.unsqueeze(-1), once.unsqueeze(-1)))
+            example = first_unlike(found, single, own[whose].to(once))
+            if example is not None:
+                example += whose.start or 0
                 raise ExamplesMixError(
                     f"losses: the losses of other examples depend on the model's output for example {example}, as in a "
                     "contrastive loss or one with statistics of the batch. Then no example has a gradient of its own: "
                     "make each loss depend on its own row alone"
                 )
+
+
+def first_unlike(found: Tensor, once: Tensor, weights: Tensor) -> int | None:
+    """The first row of `found`, `(B, n)`, that is not `once` times the row's weight; a few rows at a time."""
+    for i, j in example_blocks(len(found), found.shape[1]):
+        expected = once[i:j] * weights[i:j].unsqueeze(1)
+        slack = 8 * torch.finfo(found.dtype).eps * expected.abs().amax(1, keepdim=True).nan_to_num()
+        close = (found[i:j] - expected).abs() <= slack
+        same = close | (found[i:j] == expected) | (found[i:j].isnan() & expected.isnan())
+        if not bool(same.all()):
+            return i + int((~same).any(1).nonzero()[0])
+    return None
 
 
 def pulled(losses: Tensor, edges: Sequence[GradientEdge], weights: Tensor) -> tuple[Tensor | None, ...]:

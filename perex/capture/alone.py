@@ -12,166 +12,25 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from perex.capture.axis import Axis, Held, Label, Single
 from perex.capture.carry import tensors_in
-from perex.capture.labels import Labels, plain_name
+from perex.capture.labels import plain_name
 from perex.capture.nest import tensors_of
 from perex.capture.operators import body, composite, in_place
-from perex.capture.parameters import Entry, Parameters, Shared
+from perex.capture.parameters import Parameters
+from perex.capture.record import Record, Sample, Seen, draws, packing, sampled
 from perex.capture.rewrites import rewritten
-from perex.capture.state import State, starting_from
-from perex.rules.call import Call
+from perex.capture.state import starting_from
 from perex.rules.registry import OPERATORS
-
-Rows = dict[int, Tensor]
-"""What an example has of a tensor, in the shape that it has alone, by the example's number."""
-
-DRAWS = frozenset(
-    """
-    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout bernoulli rand randn randint randperm
-    rand_like randn_like randint_like normal uniform exponential geometric cauchy log_normal random multinomial poisson
-    rrelu scaled_dot_product_attention native_dropout
-    """.split()
-)
-"""Operators that may draw random numbers."""
-
-
-def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator call draws random numbers."""
-    name = plain_name(func)
-    if name not in DRAWS:
-        return False
-    if "dropout" in name or name == "rrelu":
-        last = {"rrelu": (3, "training", False)}.get(name, (2, "training", name in ("dropout",)))
-        training = args[last[0]] if len(args) > last[0] else kwargs.get("train", kwargs.get(last[1], last[2]))
-        return bool(training) and not (name != "rrelu" and (args[1] if len(args) > 1 else kwargs.get("p", 0.5)) == 0)
-    if name == "scaled_dot_product_attention":
-        return bool((args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0)
-    return True
-
-
-@dataclass
-class Seen:
-    """What the examples had at one place.
-
-    Attributes:
-        where: the module.
-        key: the parameters that met them there.
-        rows: what they had.
-        grads: what gradients they got, if a backward has come by.
-    """
-
-    where: str
-    key: tuple[str, ...]
-    rows: Rows
-    grads: Rows = field(default_factory=dict)
-
-
-@dataclass
-class Draw:
-    """What a random operator gave: rows of examples, or one tensor for all; and the rows it was given.
-
-    Attributes:
-        name: of the operator.
-        given: the rows of its arguments.
-        rows: the rows of its results.
-        slope: for dropout, the derivative of each element by its own input; None where that is not known.
-    """
-
-    name: str
-    given: list[Seen]
-    rows: list[Rows | Tensor]
-    slope: Rows | None = None
-
-
-class Record:
-    """Keeps what a few examples of a batch have, while the model runs.
-
-    Args:
-        examples: their numbers.
-        batch: number of examples in the batch, B.
-        module: the module whose call it is.
-        inputs: its `(args, kwargs)` for an example alone.
-    """
-
-    def __init__(
-        self,
-        examples: Sequence[int],
-        batch: int,
-        module: nn.Module,
-        inputs: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]],
-    ) -> None:
-        self.examples = examples
-        self.batch = batch
-        self.module = module
-        self.inputs = {b: inputs(b) for b in examples}
-        self.seen: list[Seen] = []
-        self.places: dict[int, Seen] = {}  # by the call; one that is gone gets no gradient, so another may be there
-        self.draws: list[Draw] = []
-        self.outputs: list[Seen] = []
-        self.versions: list[int] = []  # of the parameters before
-        kinds = {p.device.type for p in module.parameters()} | {"cpu"}
-        self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
-        self.state = random.getstate(), np.random.get_state()
-        self.before = State(module, copies=True)
-
-    def rows(self, tensor: Tensor, held: Held) -> Rows:
-        """The rows of the recorded examples in a tensor."""
-        tensor = tensor.detach()
-        if isinstance(held, Single):
-            return {held.example: tensor.clone()} if held.example in self.examples else {}
-        found = {}
-        for b in self.examples:
-            own = (held.ids(self.batch) == b).nonzero().flatten()
-            found[b] = tensor.index_select(held.dim, own.to(tensor.device))
-        return {b: rows for b, rows in found.items() if rows.numel()}
-
-    def met(self, call: Call, results: Sequence[Tensor], axes: Sequence[Held]) -> None:
-        """Parameters have met examples."""
-        if any(isinstance(source, Shared) for source in call.slots.values()):
-            return
-        key = tuple(sorted(source.name for source in call.slots.values() if isinstance(source, Entry)))
-        seen = self.places[id(call)] = Seen(call.where, key, self.rows(results[0], axes[0]))
-        self.seen.append(seen)
-
-    def arrived(self, call: Call, grads: Sequence[Tensor | None]) -> None:
-        """Gradients have come to where parameters met examples."""
-        seen, grad = self.places.get(id(call)), grads[0]
-        if seen is not None and grad is not None and not grad.is_sparse:
-            seen.grads = self.rows(grad, call.out_axes[0])
-
-    def given(self, where: str, labels: Labels, tensors: list[Tensor]) -> list[Seen]:
-        """What a random operator is given."""
-        return [Seen(where, (), {} if (held := labels.held(t)) is None else self.rows(t, held)) for t in tensors]
-
-    def drew(self, func: Any, given: list[Seen], out: list[tuple[Tensor, Label]]) -> None:
-        """Random numbers have been drawn."""
-        rows: list[Rows | Tensor] = [
-            self.rows(t, held) if isinstance(held, (Axis, Single)) else t.detach().clone() for t, held in out
-        ]
-        self.draws.append(Draw(plain_name(func), given, rows))
-        tensor, held = out[0] if len(out) == 1 else (None, None)
-        if tensor is None or tensor.grad_fn is None or not isinstance(held, (Axis, Single)) or packing():
-            return
-        if tensor.grad_fn.name() in ("MulBackward0", "NativeDropoutBackward0") and not in_place(func):
-            slope = tensor.grad_fn(torch.ones_like(tensor))[0]  # type: ignore[operator]
-            self.draws[-1].slope = None if slope.shape != tensor.shape else self.rows(slope, held)
-
-    def returned(self, tensor: Tensor, label: Label) -> None:
-        """An output of the model."""
-        rows = self.rows(tensor, label) if isinstance(label, (Axis, Single)) and tensor.is_floating_point() else {}
-        self.outputs.append(Seen("", (), rows))
 
 
 class Replay(TorchFunctionMode):
@@ -192,7 +51,7 @@ class Replay(TorchFunctionMode):
         self.record = record
         self.example = example
         self.parameters = parameters
-        self.met: dict[tuple[str, ...], deque[Tensor]] = defaultdict(deque)
+        self.met: dict[tuple[str, ...], list[Sample]] = defaultdict(list)
         self.drawn = deque(record.draws)
         self.short = False  # whether it drew something that it had not drawn in the batch
         self.differs: list[Seen] = []
@@ -219,7 +78,7 @@ class Replay(TorchFunctionMode):
         key = tuple(sorted(entry.name for entry in found if entry is not None and entry.tracked))
         results = tensors_in(out)
         if key and results and results[0].is_floating_point() and results[0].numel() and not in_place(func):
-            self.met[key].append(results[0].detach().clone())  # it may be changed in place
+            self.met[key].append(sampled(results[0]))
             if self.back:
                 self.got[key].append(get_gradient_edge(results[0]) if results[0].requires_grad else None)
         return out
@@ -228,10 +87,10 @@ class Replay(TorchFunctionMode):
         """Give out the example's part of what was drawn in the batch."""
         recorded = self.drawn.popleft()
         for tensor, seen in zip(tensors_in(*args, kwargs), recorded.given, strict=False):
-            rows = seen.rows.get(self.example)
-            if in_place(func) or rows is None or not rows.is_floating_point():
+            sample = seen.rows.get(self.example)
+            if in_place(func) or sample is None or not sample.values.is_floating_point():
                 continue
-            if not close(rows, tensor.detach()):
+            if not close(sample, sampled(tensor)):
                 self.differs.append(seen)
         out = func(*args, **kwargs)
         for tensor, drawn in zip(tensors_in(out), recorded.rows, strict=False):
@@ -247,11 +106,6 @@ class Replay(TorchFunctionMode):
         return out
 
 
-def packing() -> bool:
-    """Whether what a backward needs is packed, or made again as in checkpoints, which then draw anew."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def fitted(drawn: Tensor, wanted: Tensor, example: int, batch: int) -> Tensor | None:
     """What was drawn, in the shape that is wanted: an example's part of every dimension that holds the batch."""
     if drawn.dim() != wanted.dim():
@@ -262,10 +116,11 @@ def fitted(drawn: Tensor, wanted: Tensor, example: int, batch: int) -> Tensor | 
     return drawn if drawn.shape == wanted.shape else None
 
 
-def close(rows: Tensor, alone: Tensor) -> bool:
+def close(batched: Sample, single: Sample) -> bool:
     """Whether two tensors agree as far as one precision can tell after many operators."""
-    if rows.shape != alone.shape:
+    if batched.shape != single.shape:
         return True  # not comparable, as where one path flattens and the other does not
+    rows, alone = batched.values, single.values
     size = max(float(rows.nan_to_num(0, 0, 0).abs().max()), float(alone.nan_to_num(0, 0, 0).abs().max()), 1e-30)
     slack = size * torch.finfo(rows.dtype).eps ** 0.5
     return torch.allclose(rows, alone.to(rows), rtol=0.0, atol=slack, equal_nan=True)
@@ -319,7 +174,7 @@ def replay(record: Record, parameters: Parameters) -> Seen | None:
             alone = list(tensors_of(out))
             if len(alone) == len(record.outputs):
                 for seen, tensor in zip(record.outputs, alone, strict=True):
-                    if b in seen.rows and not close(seen.rows[b], tensor.detach()):
+                    if b in seen.rows and not close(seen.rows[b], sampled(tensor)):
                         return seen
     return None
 
@@ -337,7 +192,7 @@ def replay_back(record: Record, parameters: Parameters) -> Seen | None:
             alone = list(tensors_of(out))
             if mode.unlike or len(alone) != len(record.outputs):
                 return None
-            pairs = [(t, seen.grads[b]) for t, seen in zip(alone, record.outputs, strict=True) if b in seen.grads]
+            pairs = [(t, seen.full[b]) for t, seen in zip(alone, record.outputs, strict=True) if b in seen.full]
             if not pairs or any(tensor.shape != grad.shape or not tensor.requires_grad for tensor, grad in pairs):
                 return None
             ends, grads = zip(*pairs, strict=True)
@@ -347,6 +202,6 @@ def replay_back(record: Record, parameters: Parameters) -> Seen | None:
                 return None
             found = torch.autograd.grad(ends, [edge for _, edge in wanted], grads, allow_unused=True)
             for (seen, _), grad in zip(wanted, found, strict=True):
-                if grad is not None and not close(seen.grads[b], grad):
+                if grad is not None and not close(seen.grads[b], sampled(grad)):
                     return seen
     return None

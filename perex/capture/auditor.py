@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perex.capture.alone import Record, replay, replay_back
+from perex.capture.alone import replay, replay_back
 from perex.capture.axis import Axis
 from perex.capture.checks import run_eagerly
 from perex.capture.doubts import FAINT, STRONG, WEAK
@@ -19,6 +19,7 @@ from perex.capture.nest import map_tensors, tensors_of
 from perex.capture.outputs import Output, Outputs
 from perex.capture.parameters import Parameters
 from perex.capture.probe import Probe, same_draws, user_code, watch_modules, weighted, weights_of
+from perex.capture.record import Record
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
 
 ALL, MANY, FEW, LATER = 16, 8, 4, 2
@@ -195,7 +196,7 @@ class Auditor:
         forward.error = forward.error or probe.error
         if record is not None and forward.error is None and not drawn:
             for grad, output in zip(grads, outputs, strict=True):
-                record.outputs[output.place].grads = record.rows(grad, output.axis)
+                record.outputs[output.place].full = record.rows(grad, output.axis)
             forward.error = self.compare_back(record, parameters)
 
     def compare_back(self, record: Record, parameters: Parameters) -> PerexError | None:

@@ -18,8 +18,8 @@ from perex.factors.base import Factor
 from perex.factors.outline import Outline, outline
 
 if TYPE_CHECKING:
-    from perex.capture.alone import Record
     from perex.capture.probe import Probe
+    from perex.capture.record import Record
     from perex.rules.call import Call
 
 __all__ = ["Entry", "Forward", "Receiver", "Shared", "Source", "Use"]

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from perex.capture.alone import Record, draws
 from perex.capture.axis import Axis, Lost
 from perex.capture.carry import CHOOSES, COUNTS, tensors_in
 from perex.capture.doubts import FAINT, UNSEEN, Doubts
@@ -45,6 +44,7 @@ from perex.capture.operators import (
 )
 from perex.capture.parameters import Entry, Parameters, Shared
 from perex.capture.probe import closed_over, watched
+from perex.capture.record import Record, draws
 from perex.capture.refusals import Refusals
 from perex.capture.rewrites import rewritten
 from perex.capture.taps import Guard

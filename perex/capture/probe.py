@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from perex.capture.alone import Record
 from perex.capture.axis import Held, Single
 from perex.capture.forward import Forward
+from perex.capture.record import Record
 from perex.errors import ExamplesMixError, PerexError
 from perex.rules.call import Call, widen
 

@@ -9,23 +9,27 @@ BLOCK = 2**20
 
 
 SMALL = 2**18
-"""What the temporaries of all examples together may have: where that is so little, one call for all is the cheapest."""
+"""Elements that temporaries of all examples together may have, for one call to do."""
 
 
 def block_size(batch: int, elements: int) -> int:
     """How many examples `example_blocks` takes at a time."""
-    if batch * elements <= SMALL:
-        return max(1, batch)
     return max(1, min(BLOCK // max(elements, 1), (batch + 1) // 2))
 
 
-def example_blocks(batch: int, elements: int) -> Iterator[tuple[int, int]]:
+def pair_block_size(batch: int, pairs: int) -> int:
+    """How many examples are taken at a time where temporaries are of pairs of positions: all, if these are few."""
+    return max(1, batch) if batch * pairs <= SMALL else block_size(batch, pairs)
+
+
+def example_blocks(batch: int, elements: int, step: int | None = None) -> Iterator[tuple[int, int]]:
     """Split a batch into ranges whose temporaries, of `elements` an example, stay within a block.
 
-    A range never holds the whole batch, unless that is small, so nothing of size batch times `elements` is made.
+    A range never holds the whole batch (unless that is one example), so nothing of size batch times
+    `elements` is ever made.
 
     Yields:
         `(start, stop)` pairs that cover `range(batch)`; a single `(0, 0)` for an empty batch.
     """
-    step = block_size(batch, elements)
+    step = step or block_size(batch, elements)
     yield from ((start, min(start + step, batch)) for start in range(0, max(batch, 1), step))

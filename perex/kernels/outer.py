@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perex.kernels.blocks import block_size, example_blocks
+from perex.kernels.blocks import block_size, example_blocks, pair_block_size
 from perex.kernels.cancellation import recomputed
 from perex.kernels.plan import Plan
 from perex.kernels.strategies import Strategies
@@ -77,7 +77,7 @@ def _gram(left: torch.Size, right: torch.Size) -> Plan | None:
         return None
     pairs = groups * sum((stop - start) * stop for start, stop in pieces(positions))
     largest = groups * positions * max((stop - start for start, stop in pieces(positions)), default=0)
-    block = block_size(batch, largest) * largest
+    block = pair_block_size(batch, largest) * largest
     return Plan("Gram", 2 * batch * pairs * (m + right[3] + 1), 2 * block, 2 * batch * pairs)
 
 
@@ -91,7 +91,7 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     ranges = list(pieces(positions))
     largest = groups * positions * max((stop - start for start, stop in ranges), default=0)
     totals, sizes = [], []
-    for i, j in example_blocks(batch, largest):
+    for i, j in example_blocks(batch, largest, pair_block_size(batch, largest)):
         total: Tensor | float = 0.0
         size: Tensor | float = 0.0
         for start, stop in ranges:
