@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perex.kernels.blocks import block_size, example_blocks, pair_block_size
+from perex.kernels.blocks import BLOCK, block_size, example_blocks, pair_block_size
 from perex.kernels.cancellation import recomputed
 from perex.kernels.plan import Plan
 from perex.kernels.strategies import Strategies
@@ -54,15 +54,20 @@ def _direct(left: torch.Size, right: torch.Size) -> Plan | None:
     batch, groups, positions, m = left
     entries = groups * m * right[3]
     flops = 2 * batch * entries * (positions + 1)
-    return Plan("direct", flops, block_size(batch, entries) * entries, batch * entries)
+    block = min(block_size(batch, entries) * entries, max(BLOCK, groups * right[3]))
+    return Plan("direct", flops, block, batch * entries)
 
 
 @NORMS.way("direct", _direct)
 def direct(left: Tensor, right: Tensor) -> Tensor:
-    r"""$\|\sum_t l_t r_t^\top\|^2$, multiplied out a few examples at a time: $2 T m n$ operations an example."""
-    entries = left.shape[1] * left.shape[3] * right.shape[3]
-    ranges = example_blocks(left.shape[0], entries)
-    return joined([squares((left[i:j].mT @ right[i:j]).flatten(1), 1) for i, j in ranges])
+    r"""$\|\sum_t l_t r_t^\top\|^2$, a few examples at a time, or a few rows of one: $2 T m n$ operations an example."""
+    groups, _, m = left.shape[1:]
+    step = max(1, BLOCK // max(1, groups * right.shape[3]))  # of rows
+    parts = []
+    for i, j in example_blocks(left.shape[0], groups * m * right.shape[3]):
+        rows = (left[i:j, ..., k : k + step].mT @ right[i:j] for k in range(0, max(m, 1), step))
+        parts.append(sum(squares(found.flatten(1), 1) for found in rows))
+    return joined(parts)
 
 
 def pieces(positions: int) -> Iterator[tuple[int, int]]:
