@@ -11,6 +11,7 @@ import torch
 from perex.capture.forward import Use
 from perex.capture.parameters import Entry
 from perex.factors import Dense, Factor, Few, Total
+from perex.kernels.spot import Spot, at
 from perex.rules.general import GENERAL
 
 
@@ -32,12 +33,13 @@ class Cost:
 
 
 class Share(NamedTuple):
-    """One use of one parameter: the cost of its row, its place in there, and its factor, without numbers."""
+    """One use of one parameter: the cost of its row, its place, its factor without numbers, and where that was."""
 
     cost: Cost
     place: int
     factor: Factor | None
     pulled_back: bool
+    spot: Spot | None
 
 
 def costs_of(uses: Sequence[Use]) -> list[Cost]:
@@ -58,7 +60,7 @@ def costs_of(uses: Sequence[Use]) -> list[Cost]:
             cost.counted &= not pulled_back
             if dense and cost.counted:
                 cost.flops += arrived  # added up
-            shares.setdefault(entry, []).append(Share(cost, place, factor, pulled_back))
+            shares.setdefault(entry, []).append(Share(cost, place, factor, pulled_back, outline.spot()))
     for found in shares.values():
         add_costs(found)
     return costs
@@ -66,15 +68,16 @@ def costs_of(uses: Sequence[Use]) -> list[Cost]:
 
 def add_costs(uses: Sequence[Share]) -> None:
     """Give the uses of one parameter their ways and costs."""
-    known = [factor for _, _, factor, _ in uses if factor is not None]
+    known = [use.factor for use in uses if use.factor is not None]
     if len(known) < len(uses):  # a kind of factor that is somebody else's
-        for cost, place, _, _ in uses:
-            cost.ways[place], cost.counted = "its own", False
+        for use in uses:
+            use.cost.ways[use.place], use.cost.counted = "its own", False
         return
     total = Total(known)
-    plans = [factor.plan() for factor in total.factors]
+    with at(uses[0].spot):
+        plans = [factor.plan() for factor in total.factors]
     seen: set[int] = set()
-    for (cost, place, _, pulled_back), factor, where in zip(uses, known, total.places, strict=True):
+    for (cost, place, _, pulled_back, _), factor, where in zip(uses, known, total.places, strict=True):
         plan = plans[where]
         assert plan is not None
         cost.ways[place] = "pulled back" if pulled_back else plan.way

@@ -1,4 +1,4 @@
-"""The benchmarks run: one model, two rounds, and the page made of them."""
+"""The benchmarks run: one model, two rounds, and the page made of them; those for GPUs, in little."""
 
 from __future__ import annotations
 
@@ -24,3 +24,15 @@ def test_one_model_and_its_page(tmp_path):
     assert all(cells[way]["ratio"] > 0 and cells[way]["bytes"] > 0 for way in ("plain", "floor", "perex"))
     run(FOLDER / "page.py", results, "--out", page)
     assert "| MLP 784-256-256-10 (256) |" in page.read_text() and (tmp_path / "images" / "benchmarks.png").exists()
+
+
+def test_the_benchmark_for_gpus_runs_on_a_cpu(tmp_path):
+    results, command = tmp_path / "gpu.json", FOLDER.parent / "gpu" / "run.py"
+    options = ["--device", "cpu", "--small", "--only", "GPT-2*", "--ways", "perex*", "--precision", "tf32"]
+    run(command, *options, "--rounds", 2, "--out", results)
+    found = json.loads(results.read_text())
+    (row,) = found["rows"]
+    assert set(row["cells"]) == {"plain", "perex, Triton", "perex"} and found["about"]["triton runs"] is False
+    for way in ("perex, Triton", "perex"):
+        cell = row["cells"][way]
+        assert cell["status"] == "exact" and cell["ratio"] > 0 and cell["ways"]["segments"] == 1

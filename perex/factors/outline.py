@@ -14,6 +14,7 @@ from perex.factors.outer import Outer
 from perex.factors.part import Part
 from perex.factors.patches import Patches
 from perex.factors.rows import Rows
+from perex.kernels.spot import Spot
 
 KINDS: tuple[Any, ...] = (Dense, Few, Outer, Part, Patches, Rows)
 
@@ -23,6 +24,7 @@ class Spec(NamedTuple):
 
     shape: torch.Size
     dtype: torch.dtype
+    device: str
 
 
 class Outline(NamedTuple):
@@ -49,6 +51,15 @@ class Outline(NamedTuple):
             fields[name] = value
         return next((kind(**fields) for kind in KINDS if kind is self.kind), None)
 
+    def spot(self) -> Spot | None:
+        """Where its floating-point tensors were, for plans; None if there were none."""
+        for value in self.fields.values():
+            if isinstance(value, Spec) and value.dtype.is_floating_point:
+                return Spot(value.device, value.dtype)
+            if isinstance(value, Outline):
+                return value.spot()
+        return None
+
 
 def outline(factor: Factor) -> Outline:
     """Forget a factor's numbers; called in every backward, so it does next to nothing.
@@ -63,7 +74,7 @@ def outline(factor: Factor) -> Outline:
     fields: dict[str, Any] = {}
     for name, value in vars(factor).items():
         if isinstance(value, Tensor):
-            value = Spec(value.shape, value.dtype)
+            value = Spec(value.shape, value.dtype, value.device.type)
         elif isinstance(value, Factor):
             value = outline(value)
         fields[name] = value

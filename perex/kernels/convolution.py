@@ -17,7 +17,10 @@ from perex.kernels.cancellation import recomputed
 from perex.kernels.geometry import Geometry, measures, options_of, patches, weight_gradient, weight_gradients
 from perex.kernels.outer import squares
 from perex.kernels.plan import Plan
+from perex.kernels.spot import current
 from perex.kernels.strategies import Strategies
+from perex.kernels.triton.available import usable
+from perex.kernels.triton.tiles import side, slack, tiles
 
 NORMS = Strategies("convolutions")
 """Ways to $\\|G_b\\|^2$, for `x` of shape `(B, R, C_in, *spatial)` and `grads` `(B, R, C_out, *spatial')`, R images an
@@ -28,6 +31,9 @@ CALL = 8_000_000
 
 SCATTERED, FEW_ENTRIES, FEW_POSITIONS = 350, 2**17, 256
 """What a call for several examples costs for each entry of the weight, unless these are few and positions many."""
+
+GATHER = 1.5
+"""By how much a fused kernel is slower for looking up where patches lie; guessed."""
 
 
 def squared_norm(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
@@ -190,3 +196,21 @@ def shifted(grams: Tensor, one: int, other: int, places: int, geometry: Geometry
                 source = source[(slice(None),) * dim + (slice(None, None, step),)]
         total.narrow(one, first, count).narrow(other, first, count).add_(source)
     return total
+
+
+def _triton_direct(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
+    spot, counted = current(), 2**31 - 1  # positions and columns are counted in 32 bits
+    if spot is None or not usable(spot) or len(x) > 5 or max(x[1:].numel(), grads[1:].numel()) > counted:
+        return None
+    _, rows, columns = measures(x, grads, geometry)
+    _, _, flops = _multiplied_out(x, grads, geometry)
+    sums = x[0] * geometry.groups * tiles(rows, side(rows, spot.dtype)) * tiles(columns, side(columns, spot.dtype))
+    return Plan("Triton direct", flops, sums, sums, GATHER * slack(spot.dtype, rows, columns))
+
+
+@NORMS.way("Triton direct", _triton_direct, fused=True)
+def triton_direct(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    r"""$\|\sum_p g_p u_p^\top\|^2$, patches read where they lie and each tile of the gradient squared in registers."""
+    from perex.kernels.triton.convolution import direct
+
+    return direct(x, grads, geometry)

@@ -11,7 +11,10 @@ from torch import Tensor
 from perex.kernels.blocks import BLOCK, block_size, example_blocks, pair_block_size
 from perex.kernels.cancellation import recomputed
 from perex.kernels.plan import Plan
+from perex.kernels.spot import current
 from perex.kernels.strategies import Strategies
+from perex.kernels.triton.available import usable
+from perex.kernels.triton.tiles import side, slack, tiles
 
 NORMS = Strategies("outer products")
 """Ways to $\\|G_b\\|^2$, for `left` of shape `(B, G, T, m)` and `right` `(B, G, T, n)`, with G independent groups."""
@@ -110,6 +113,45 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
         totals.append(total)
         sizes.append(size)
     return recomputed(joined(totals), joined(sizes), lambda b: direct(left[b], right[b]))
+
+
+def _triton_direct(left: torch.Size, right: torch.Size) -> Plan | None:
+    (batch, groups, positions, m), n, spot = left, right[3], current()
+    if spot is None or not usable(spot) or positions == 1:
+        return None
+    sums = groups * tiles(m, side(m, spot.dtype)) * tiles(n, side(n, spot.dtype))
+    flops = 2 * batch * groups * m * n * (positions + 1)
+    return Plan("Triton direct", flops, batch * sums, batch * sums, slack(spot.dtype, m, n))
+
+
+@NORMS.way("Triton direct", _triton_direct, fused=True)
+def triton_direct(left: Tensor, right: Tensor) -> Tensor:
+    """`direct`, each tile of the gradient squared in registers."""
+    from perex.kernels.triton.outer import direct
+
+    return direct(left, right)
+
+
+def _triton_gram(left: torch.Size, right: torch.Size) -> Plan | None:
+    (batch, groups, positions, m), spot = left, current()
+    if spot is None or not usable(spot) or positions == 1:
+        return None
+    tile = side(positions, spot.dtype)
+    count = tiles(positions, tile)
+    pairs = groups * count * (count + 1) // 2
+    # Tiles that reach over the last position are in the slack, those over the diagonal in the operations.
+    flops = 2 * batch * pairs * min(tile, positions) ** 2 * (m + right[3] + 1)
+    return Plan(
+        "Triton Gram", flops, 2 * batch * pairs, 2 * batch * pairs, slack(spot.dtype, min(tile, positions)) ** 2
+    )
+
+
+@NORMS.way("Triton Gram", _triton_gram, fused=True)
+def triton_gram(left: Tensor, right: Tensor) -> Tensor:
+    """`gram`, both Gram matrices and their product in registers, a pair of tiles of positions at a time."""
+    from perex.kernels.triton.outer import gram
+
+    return gram(left, right)
 
 
 def gram_dot(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ from typing import NamedTuple
 MOVE = 16
 """What reading and writing an element of a temporary costs, in multiply-adds of a matrix product (two CPU cores)."""
 
+MOVE_ON_GPU, CALL_ON_GPU = 100, 100
+"""The same on a GPU, and by how much a call costs more multiply-adds there: from data sheets, not measured yet."""
+
 
 class Plan(NamedTuple):
     """One way to the norms of a batch, known from shapes alone.
@@ -31,3 +34,8 @@ class Plan(NamedTuple):
     def cost(self) -> float:
         """Time, in multiply-adds of a large matrix product."""
         return self.slack * self.flops / 2 + MOVE * self.moved + self.calls
+
+    @property
+    def cost_on_gpu(self) -> float:
+        """The same on a GPU, where arithmetic is cheap beside all else."""
+        return self.slack * self.flops / 2 + MOVE_ON_GPU * self.moved + CALL_ON_GPU * self.calls

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from perex.kernels.plan import Plan
+from perex.kernels.spot import Spot, at, current
+from perex.kernels.triton.available import fast
 
 WORTH_TRYING = 8.0
 """Ways whose cost is estimated at more than so many times the cheapest are not measured."""
@@ -25,7 +27,7 @@ class Preferences:
     Attributes:
         names: strategies to take wherever they apply, the first one first.
         autotune: whether to measure the strategies that apply, once for inputs of some shapes.
-        measured: which was the fastest, by kind and shapes.
+        measured: which was the fastest, by kind, shapes, and where tensors are if fused kernels run there.
     """
 
     names: tuple[str, ...] = ()
@@ -53,7 +55,7 @@ class Strategy:
     Attributes:
         name: what reports call it, and what it is asked for by.
         plan: from the shapes of the arguments to what it costs; None where it does not apply.
-        run: from the arguments to `(B,)`.
+        run: from the arguments to `(B,)`; the first of them is a floating-point tensor.
     """
 
     name: str
@@ -66,7 +68,7 @@ _all: list[Strategies] = []
 
 def known_strategies() -> set[str]:
     """The names of all ways there are."""
-    return {name for strategies in _all for name in strategies.ways}
+    return {name for strategies in _all for name in (*strategies.ways, *strategies.fused)}
 
 
 class Strategies:
@@ -74,14 +76,21 @@ class Strategies:
 
     Args:
         kind: what they compute.
+
+    Attributes:
+        ways: those that run everywhere, by name.
+        fused: those by kernels for GPUs; their plans ask `perex.kernels.spot.current` whether tensors are fit for them.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.ways: dict[str, Strategy] = {}
+        self.fused: dict[str, Strategy] = {}
         _all.append(self)
 
-    def way(self, name: str, plan: Callable[..., Plan | None]) -> Callable[[Callable[..., Tensor]], Any]:
+    def way(
+        self, name: str, plan: Callable[..., Plan | None], fused: bool = False
+    ) -> Callable[[Callable[..., Tensor]], Any]:
         """Register a function under a name.
 
         Raises:
@@ -89,17 +98,27 @@ class Strategies:
         """
 
         def register(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            if name in self.ways:
+            if name in self.ways or name in self.fused:
                 raise ValueError(f"{self.kind} has a strategy {name!r} already")
-            self.ways[name] = Strategy(name, plan, run)
+            (self.fused if fused else self.ways)[name] = Strategy(name, plan, run)
             return run
 
         return register
 
     def plans(self, *shapes: Any) -> dict[str, Plan]:
         """What each way that applies costs."""
-        found = ((name, way.plan(*shapes)) for name, way in self.ways.items())
+        ways = self.ways if self.spot() is None else self.ways | self.fused
+        found = ((name, way.plan(*shapes)) for name, way in ways.items())
         return {name: plan for name, plan in found if plan is not None}
+
+    def spot(self) -> Spot | None:
+        """Where tensors are, if fused ways come into question: on a GPU, or elsewhere if one is asked for by name."""
+        spot = current()
+        return spot if spot is not None and self.asked(spot.device == "cuda") else None
+
+    def asked(self, on_gpu: bool) -> bool:
+        """Whether fused ways come into question."""
+        return bool(self.fused) and (on_gpu or not self.fused.keys().isdisjoint(_current.get().names))
 
     def choose(self, *shapes: Any) -> Plan:
         """The plan of the way that is taken for arguments of these shapes."""
@@ -108,28 +127,52 @@ class Strategies:
     def pick(self, *shapes: Any) -> tuple[str, Plan]:
         """The name and the plan of that way."""
         plans, wanted = self.plans(*shapes), _current.get()
-        name = next((name for name in wanted.names if name in plans), wanted.measured.get((self.kind, shapes)))
+        name = next((name for name in wanted.names if name in plans), wanted.measured.get(self.key(shapes)))
         if name not in plans:
-            name = min(plans, key=lambda name: plans[name].cost)
+            costs = self.costs(plans)
+            name = min(costs, key=costs.__getitem__)
         return name, plans[name]
+
+    def key(self, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a measurement holds for."""
+        return self.kind, shapes, self.spot()
+
+    def costs(self, plans: dict[str, Plan]) -> dict[str, float]:
+        """What the ways cost that may be taken unasked: fused ones on a GPU only, not where Python interprets them."""
+        spot = self.spot()
+        if spot is not None and spot.device == "cuda":
+            return {name: plan.cost_on_gpu for name, plan in plans.items() if name in self.ways or fast(spot)}
+        return {name: plan.cost for name, plan in plans.items() if name in self.ways}
 
     def run(self, shapes: tuple[Any, ...], *args: Any) -> Tensor:
         """The number, by the way that is chosen for `shapes`, which `plan`s take."""
-        wanted = _current.get()
-        if wanted.autotune and (self.kind, shapes) not in wanted.measured:
-            wanted.measured[self.kind, shapes] = self.fastest(shapes, args)
-        return self.ways[self.pick(*shapes)[0]].run(*args)
+        return self.chosen(shapes, args)(*args)
+
+    def chosen(self, shapes: tuple[Any, ...], args: tuple[Any, ...]) -> Callable[..., Tensor]:
+        """The function of that way, which is measured if the user wants that.
+
+        Fused ways are not even looked at for tensors on a CPU, unless one is asked for by name.
+        """
+        wanted, tensor = _current.get(), args[0]
+        spot = Spot(tensor.device.type, tensor.dtype) if self.asked(tensor.is_cuda) else None
+        if spot != current():
+            with at(spot):
+                return self.chosen(shapes, args)
+        if wanted.autotune and self.key(shapes) not in wanted.measured:
+            wanted.measured[self.key(shapes)] = self.fastest(shapes, args)
+        name, _ = self.pick(*shapes)
+        return (self.ways.get(name) or self.fused[name]).run
 
     def fastest(self, shapes: tuple[Any, ...], args: tuple[Any, ...]) -> str:
         """The name of the way that takes the least time."""
-        plans = self.plans(*shapes)
-        least = min(plan.cost for plan in plans.values())
-        candidates = [name for name, plan in plans.items() if plan.cost <= WORTH_TRYING * least]
+        costs = self.costs(self.plans(*shapes))
+        least = min(costs.values())
+        candidates = [name for name, cost in costs.items() if cost <= WORTH_TRYING * least]
         return candidates[0] if len(candidates) == 1 else min(candidates, key=lambda name: self.seconds(name, args))
 
     def seconds(self, name: str, args: tuple[Any, ...]) -> float:
         """How long one way takes when it is warm."""
-        run = self.ways[name].run
+        run = (self.ways | self.fused)[name].run
         run(*args)
         synchronize(args)
         start = time.perf_counter()
