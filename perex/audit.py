@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge
 
 from perex.capture.axis import Single
 from perex.capture.outputs import Output
-from perex.capture.probe import SINK
+from perex.capture.suspects import SINK
 from perex.errors import ExamplesMixError
 from perex.kernels.blocks import example_blocks
 

@@ -15,8 +15,9 @@ from perex.audit import check_losses
 from perex.capture.derived import of_parameters
 from perex.capture.forward import Forward
 from perex.capture.parameters import Shared
-from perex.capture.probe import SINK, Probe, nodes, same_draws, weights_of
+from perex.capture.probe import Probe, same_draws, weights_of
 from perex.capture.session import Session
+from perex.capture.suspects import SINK, nodes
 from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor, Few
 from perex.kernels.strategies import Preferences, preferring
@@ -168,10 +169,9 @@ class Backwards:
         with same_draws():
             done = self.look(probe, [get_gradient_edge(self.scaled(losses))], [weight * factors.to(weight)], forwards)
         for forward in forwards:
-            if forward.changed and forward.compare is not None:
-                forward.compare()
-                if forward.error is not None:
-                    raise forward.error
+            if forward.changed and forward.compare is not None and (error := forward.compare()) is not None:
+                forward.error = error
+                raise error
         probe.weighted = False
         return probe if done else None, new
 
@@ -209,7 +209,7 @@ class Backwards:
         if self.session.running and not forward.recomputed:
             result.refuse(NotReadyError("the last backward ran inside the model's forward: nothing to read from it"))
         if result.losses is None:  # nobody will ask whether the examples do without each other
-            self.session.auditor.wanted = forward.doubt is not None
+            self.session.auditor.wanted = forward.doubt is not None or self.session.auditor.functions
             forward.record = forward.compare = None
             if forward.error is not None:
                 result.refuse(forward.error)

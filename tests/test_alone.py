@@ -374,3 +374,48 @@ def test_what_hooks_keep_is_of_the_batch():
         (model[1](hidden).sin().sum() + 5 * hidden.square().sum()).backward()
         expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
         torch.testing.assert_close(found[b], expected, rtol=1e-9, atol=0)
+
+
+def test_hooks_that_log_and_count():
+    """They get nothing back: examples alone show that, and what they keep is as without perex."""
+
+    class Meter:
+        calls = 0
+
+        def __init__(self) -> None:
+            self.count, self.means, self.random = 0, [], random.Random(3)
+
+    def counts(attach: bool) -> list[Any]:
+        torch.manual_seed(0)
+        model, meter, total = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double(), Meter(), torch.zeros(())
+
+        def log(module: nn.Module, args: Any, out: Tensor, seen: list[int] = []) -> None:  # noqa: B006
+            meter.count += 1
+            meter.means.append(out.detach().mean().item())
+            meter.random.random()
+            total.add_(1)
+            seen.append(1)
+            log.last = len(seen)
+
+        model[0].register_forward_hook(log)
+        x = torch.randn(5, 3).double()
+        if attach:
+            with perex.attach(model) as px:
+                for _ in range(2):
+                    px.backward(model(x).sin().sum(1))
+                    px.norms()
+        else:
+            for _ in range(2):
+                model(x).sin().sum(1).mean().backward()
+        return [meter.count, meter.means, meter.random.random(), float(total), log.last]
+
+    assert counts(True) == counts(False)
+
+
+def test_a_mean_that_leaves_torch_and_comes_back():
+    model = Bare(lambda m, x: m.second(m.first(x) / m.first(x).abs().mean().item()))
+    model.first, model.second = nn.Linear(3, 4), nn.Linear(4, 2)
+    with perex.attach(model.double()) as px, pytest.raises(perex.ExamplesMixError, match="'second'"):
+        px.backward(model(torch.randn(5, 3).double()).sum(1))
+    with perex.attach(model, audit=False), pytest.raises(perex.ExamplesMixError, match="out of torch"):
+        model(torch.randn(5, 3).double())

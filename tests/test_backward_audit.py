@@ -80,7 +80,7 @@ def test_a_backward_that_mixes(case, by, param_grads):
 def test_a_hook_of_a_module():
     model = net(lambda h: h)
     model.second.register_full_backward_hook(lambda m, gi, go: (gi[0] - gi[0].mean(0),))
-    with perex.attach(model) as px, pytest.raises(perex.ExamplesMixError, match="'first'"):
+    with perex.attach(model) as px, pytest.raises(perex.ExamplesMixError, match="'second'"):
         px.backward(model(data(B, T, D)).sin().sum((1, 2)))
 
 
@@ -129,7 +129,7 @@ def test_a_backward_in_proportion_that_mixes(case, by, call, dropout):
     with no_trace(model), perex.attach(model) as px:
         losses = model(data(B, T, D)).sin().sum((1, 2))
         if call == "losses":
-            with pytest.raises(perex.ExamplesMixError, match="'first'.* alone"):
+            with pytest.raises(perex.ExamplesMixError, match="'first'.* alone" if by is kept else "hook .* alone"):
                 px.backward(losses)
         else:
             losses.mean().backward()
@@ -305,3 +305,77 @@ def test_a_forward_that_registers_gradient_hooks():
     assert (
         perex.verify(Hooked(), (torch.randn(4, 3), torch.randint(2, (4,))), nn.CrossEntropyLoss()).verdict == "agrees"
     )
+
+
+class Sized(torch.autograd.Function):
+    """Divides gradients by the batch's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad / len(grad)
+
+
+class Pair:
+    """An output of a class of the user's own."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.out = out
+
+
+OUTPUTS = {
+    "squeezed": lambda m, h: m.second(h)[..., 0].squeeze(),
+    "a tensor an example": lambda m, h: tuple(m.second(row) for row in h),
+    "an object": lambda m, h: Pair(m.second(h)),
+    "a mean": lambda m, h: m.second(h).square().mean(),
+    "behind weight norm": lambda m, h: m.normed(h),
+    "behind attention's dropout": lambda m, h: torch.nn.functional.scaled_dot_product_attention(h, h, h, dropout_p=0.1),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_a_function_is_looked_at_whatever_is_made_of_it(case):
+    model = Bare(lambda m, x: OUTPUTS[case](m, Sized.apply(m.first(x))))
+    model.first, model.second = nn.Linear(D, D), nn.Linear(D, D)
+    model.normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(D, D))
+    with perex.attach(model.double()) as px:
+        out = model(data(B, T, D))
+        tensors = out if isinstance(out, tuple) else [out.out if isinstance(out, Pair) else out]
+        sum(t.sin().sum() for t in tensors).backward()
+        with pytest.raises(perex.PerexError, match="Sized"):
+            px.norms()
+
+
+def test_a_function_for_each_example():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * grad
+
+    check(net(lambda h: torch.stack([Twice.apply(row) for row in h])), (data(B, T, D),))
+
+
+def test_a_hook_that_works_in_place():
+    model = net(hooked(lambda g: g.div_(2)))
+    with perex.attach(model) as px:
+        model(data(B, T, D)).sin().sum((1, 2)).mean().backward()
+        with pytest.raises(perex.UnsupportedError, match="in place"):
+            px.norms()
+
+
+def test_the_seventeenth_shape_is_looked_at():
+    model = net(lambda h: Sized.apply(h) if h.shape[1] > 17 else h)
+    with perex.attach(model) as px:
+        for length in range(1, 20):
+            model(data(2, length, D)).sum((1, 2)).mean().backward()
+            if length <= 17:
+                px.norms()
+        with pytest.raises(perex.PerexError, match="alone"):
+            px.norms()

@@ -3,22 +3,19 @@
 Labels say where examples are, but not what a number does that left torch, or a truth value that Python branched on;
 nor can they see into code that runs elsewhere. So the first batch, and any batch whose inputs have new shapes, is
 checked by what it computes: a `Record` keeps a few examples' rows wherever parameters meet them, and `replay` looks
-whether they come out the same when the example is alone. Random draws are recorded too, and given out again. Where code
-of the user's own runs in the backward, `replay_back` does the same with the gradients that arrive there.
-"""
+whether they come out the same when the example is alone. Random draws are recorded too, and given out again."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -27,9 +24,10 @@ from perex.capture.labels import plain_name
 from perex.capture.nest import tensors_of
 from perex.capture.operators import body, composite, in_place
 from perex.capture.parameters import Parameters
-from perex.capture.record import Record, Sample, Seen, draws, packing, sampled
+from perex.capture.record import Record, Sample, Seen, close, draws, sampled
 from perex.capture.rewrites import rewritten
 from perex.capture.state import starting_from
+from perex.capture.suspects import Suspect, of_function, of_hook, of_user, user_code
 from perex.rules.registry import OPERATORS
 
 
@@ -40,14 +38,18 @@ class Replay(TorchFunctionMode):
         record: of the batch.
         example: the example's number in it.
         parameters: the model's parameters.
-        back: whether a backward is to come.
+        back: whether to look for code of the user's own in the backward.
+
+    Attributes:
+        functions: nodes of the user's autograd functions that operators have met.
+        hooks: gradient hooks.
     """
 
     def __init__(self, record: Record, example: int, parameters: Parameters, back: bool = False) -> None:
         super().__init__()
         self.back = back
-        self.got: dict[tuple[str, ...], list[GradientEdge | None]] = defaultdict(list)
-        self.unlike = False  # whether the backward to come draws other random numbers than the batch's
+        self.functions: list[Any] = []
+        self.hooks: list[Suspect] = []
         self.record = record
         self.example = example
         self.parameters = parameters
@@ -61,8 +63,12 @@ class Replay(TorchFunctionMode):
     ) -> Any:
         """Run one operator."""
         kwargs = kwargs or {}
-        if func is Tensor.register_hook and not self.back:  # there are no gradients here
-            return RemovableHandle({})
+        if func is Tensor.register_hook:  # no gradients come here
+            if self.back:
+                self.hooks.append(of_hook((*args[1:], *kwargs.values())[0], args[0]))
+            return RemovableHandle(OrderedDict())  # of no hooks: it keeps a weak reference, as a dict has none
+        if self.back:
+            self.functions += [t.grad_fn for t in tensors_in(*args, kwargs) if of_user(t.grad_fn)]
         replacement = rewritten(func, args)
         if replacement is None and composite(func) and func not in OPERATORS and not draws(func, args, kwargs):
             replacement = body(func)
@@ -79,8 +85,6 @@ class Replay(TorchFunctionMode):
         results = tensors_in(out)
         if key and results and results[0].is_floating_point() and results[0].numel() and not in_place(func):
             self.met[key].append(sampled(results[0]))
-            if self.back:
-                self.got[key].append(get_gradient_edge(results[0]) if results[0].requires_grad else None)
         return out
 
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -97,11 +101,6 @@ class Replay(TorchFunctionMode):
             rows = drawn if isinstance(drawn, Tensor) else drawn.get(self.example)
             if rows is None or (fitting := fitted(rows, tensor, self.example, self.record.batch)) is None:
                 continue
-            slope = None if recorded.slope is None else recorded.slope.get(self.example)
-            if tensor.requires_grad and slope is not None and slope.shape == tensor.shape and not packing():
-                linear = args[0] * slope
-                return linear + (fitting - linear).detach()
-            self.unlike = self.unlike or tensor.requires_grad
             tensor.detach().copy_(fitting)
         return out
 
@@ -114,16 +113,6 @@ def fitted(drawn: Tensor, wanted: Tensor, example: int, batch: int) -> Tensor | 
         if size != want and size == want * batch:
             drawn = drawn.unflatten(dim, (batch, want)).select(dim, example)
     return drawn if drawn.shape == wanted.shape else None
-
-
-def close(batched: Sample, single: Sample) -> bool:
-    """Whether two tensors agree as far as one precision can tell after many operators."""
-    if batched.shape != single.shape:
-        return True  # not comparable, as where one path flattens and the other does not
-    rows, alone = batched.values, single.values
-    size = max(float(rows.nan_to_num(0, 0, 0).abs().max()), float(alone.nan_to_num(0, 0, 0).abs().max()), 1e-30)
-    slack = size * torch.finfo(rows.dtype).eps ** 0.5
-    return torch.allclose(rows, alone.to(rows), rtol=0.0, atol=slack, equal_nan=True)
 
 
 @contextlib.contextmanager
@@ -179,29 +168,12 @@ def replay(record: Record, parameters: Parameters) -> Seen | None:
     return None
 
 
-def replay_back(record: Record, parameters: Parameters) -> Seen | None:
-    """Run the recorded examples alone, and back; the last place where one of them gets another gradient, or None.
-
-    The batch has run back already, from gradients of its outputs that `record.outputs` keep.
-
-    Raises:
-        RuntimeError and others: whatever the model raises on one example.
-    """
-    for b in record.examples:
-        with run_alone(record, parameters, b, back=True) as (mode, out):
-            alone = list(tensors_of(out))
-            if mode.unlike or len(alone) != len(record.outputs):
-                return None
-            pairs = [(t, seen.full[b]) for t, seen in zip(alone, record.outputs, strict=True) if b in seen.full]
-            if not pairs or any(tensor.shape != grad.shape or not tensor.requires_grad for tensor, grad in pairs):
-                return None
-            ends, grads = zip(*pairs, strict=True)
-            met = [(seen, mode.got[seen.key][number]) for seen, number in comparable(record, b, mode.got)]
-            wanted = [(seen, edge) for seen, edge in reversed(met) if b in seen.grads and edge is not None]
-            if not wanted:
-                return None
-            found = torch.autograd.grad(ends, [edge for _, edge in wanted], grads, allow_unused=True)
-            for (seen, _), grad in zip(wanted, found, strict=True):
-                if grad is not None and not close(seen.grads[b], sampled(grad)):
-                    return seen
-    return None
+@contextlib.contextmanager
+def suspects_alone(
+    record: Record, parameters: Parameters, example: int
+) -> Iterator[tuple[list[Suspect], list[Suspect]]]:
+    """Run an example alone, with gradients: the user's autograd functions in its graph, and gradient hooks."""
+    with run_alone(record, parameters, example, back=True) as (mode, out):
+        roots = [tensor.grad_fn for tensor in tensors_of(out)]
+        functions, _ = user_code([*roots, *mode.functions])
+        yield [of_function(node) for node in functions], mode.hooks

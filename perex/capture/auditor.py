@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from perex.capture.alone import replay, replay_back
+from perex.capture.alone import replay, suspects_alone
 from perex.capture.axis import Axis
 from perex.capture.checks import run_eagerly
 from perex.capture.doubts import FAINT, STRONG, WEAK
@@ -18,8 +17,9 @@ from perex.capture.labels import Labels
 from perex.capture.nest import map_tensors, tensors_of
 from perex.capture.outputs import Output, Outputs
 from perex.capture.parameters import Parameters
-from perex.capture.probe import Probe, same_draws, user_code, watch_modules, weighted, weights_of
+from perex.capture.probe import same_draws, watch_modules
 from perex.capture.record import Record
+from perex.capture.suspects import Suspect, Trial, compared, of_function, user_code
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
 
 ALL, MANY, FEW, LATER = 16, 8, 4, 2
@@ -42,6 +42,7 @@ class Auditor:
         audited: inputs that have been checked, by their shapes.
         strong: whether a forward left more than a weak doubt: then every one is looked at.
         looked: inputs whose graph has been looked through for the user's own autograd functions.
+        functions: whether there were any.
         wanted: whether to record: not where losses are never handed over, and no forward leaves a doubt.
     """
 
@@ -52,6 +53,7 @@ class Auditor:
         self.wanted = True
         self.strong = False
         self.looked: set[object] = set()
+        self.functions = False
 
     def record(
         self,
@@ -67,7 +69,8 @@ class Auditor:
         forward.shapes = tuple((tuple(t.shape), t.dtype) for t in inputs), module.training
         if not self.enabled or parameters.sharded:  # then every process would have to run as many
             return None
-        if not self.strong and (not self.wanted or forward.shapes in self.audited):
+        unlooked = self.functions and forward.shapes not in self.looked
+        if not self.strong and not unlooked and (not self.wanted or forward.shapes in self.audited):
             return None
         batch = forward.batch
         if self.audited:  # others each time
@@ -153,68 +156,67 @@ class Auditor:
     ) -> None:
         """If autograd functions of the user's own are in the graph, look whether their backward keeps examples apart.
 
-        Any gradient of the outputs will do for that. So it is known for `loss.backward()` too, which comes without
-        losses of examples. Where there are only hooks, which may well count how often they run, it is left to
-        `px.backward(losses)`, and done if they change gradients.
+        Any gradients will do for that, so it is known for `loss.backward()` too. Hooks may well count how often they
+        run: for these it is left to `px.backward(losses)`, and done if they change gradients.
         """
-        unsuitable = forward.batch < 2 or forward.once or parameters.sharded
-        if unsuitable or forward.shapes in self.looked or len(self.looked) >= MANY:
+        if forward.batch < 2 or forward.once or parameters.sharded or forward.shapes in self.looked:
             return
-        functions, hooks = user_code([output.edge.node for output in outputs])
-        watch_modules(hooks, forward)
-        forward.hooked = forward.hooked or bool(hooks)
-        if functions:
-            self.compare_backwards(forward, outputs, parameters, record)
-        elif forward.hooked:
-            forward.compare = partial(self.compare_backwards, forward, outputs, parameters, record)
-        else:
+        functions, modules = user_code([*(output.edge.node for output in outputs), *forward.functions])
+        forward.functions = []
+        watch_modules(modules, forward)
+        self.functions = self.functions or bool(functions)
+        if functions and record is None:
+            forward.error = UnsupportedError(
+                f"{of_function(functions[0]).name} is in the graph for the first time: whether its backward keeps "
+                "examples apart is looked at from the next forward on. Call the model again"
+            )
+        elif functions and record is not None:
+            forward.error = self.compare([of_function(node) for node in functions], record, parameters)
+            if forward.error is None:
+                self.looked.add(forward.shapes)
+        elif not forward.hooks and not modules:
             self.looked.add(forward.shapes)
+        if record is not None and (forward.hooks or forward.module_hooks):
+            forward.compare = partial(self.compare_hooks, forward.hooks, forward.module_hooks, record, parameters)
 
-    def compare_backwards(
-        self, forward: Forward, outputs: Sequence[Output], parameters: Parameters, record: Record | None
-    ) -> None:
-        """Compare what comes to the taps with other weights, and to examples that are alone."""
-        weights = weights_of(forward.batch, forward.half)
-        probe, edges = Probe({forward: weights}, record), [output.edge for output in outputs]
-        with same_draws():
-            grads = [torch.randn_like(output.like, device=output.device) for output in outputs]
-        scaled = [weighted(grad, output.axis, weights) for grad, output in zip(grads, outputs, strict=True)]
-        with same_draws():
-            if not forward.receiver.look(probe, edges, scaled, [forward]):
-                return
-        probe.weighted = False
-        with same_draws():
-            before = torch.get_rng_state()
-            if not forward.receiver.look(probe, edges, grads, [forward]):
-                raise UnsupportedError(
-                    "the model's graph holds an autograd function of your own whose backward can be run once only, and "
-                    "perex ran it to see whether it keeps examples apart: attach(..., audit=False) does without that"
-                )
-            drawn = not torch.equal(before, torch.get_rng_state())
-        if probe.error is None and (not probe.blank or forward.number > BLANKS):
-            self.looked.add(forward.shapes)
-        forward.error = forward.error or probe.error
-        if record is not None and forward.error is None and not drawn:
-            for grad, output in zip(grads, outputs, strict=True):
-                record.outputs[output.place].full = record.rows(grad, output.axis)
-            forward.error = self.compare_back(record, parameters)
+    def compare_hooks(
+        self, hooks: Sequence[Suspect], of_modules: Sequence[Suspect], record: Record, parameters: Parameters
+    ) -> PerexError | None:
+        """Compare what hooks make of gradients with what they make of them for examples alone."""
+        try:
+            with same_draws():
+                for hook in of_modules:
+                    trial, single = Trial(hook), hook._replace(takes=hook.alone or hook.takes)
+                    for example in record.examples[:FEW]:
+                        if (error := compared([trial], [single], example, record.batch)) is not None:
+                            return error
+        except ExamplesMixError as error:
+            return error
+        return self.compare(hooks, record, parameters, hooks=True) if hooks else None
 
-    def compare_back(self, record: Record, parameters: Parameters) -> PerexError | None:
-        """Run examples alone and back; the error if one gets another gradient than in the batch."""
+    def compare(
+        self, suspects: Sequence[Suspect], record: Record, parameters: Parameters, hooks: bool = False
+    ) -> PerexError | None:
+        """Compare what functions make of gradients, or hooks, with what they make of them for examples alone."""
         self.running, restore = True, run_eagerly()
         try:
-            seen = replay_back(record, parameters)
-        except Exception:
-            return None  # it cannot be run on one example, or its graph not for this
+            with same_draws():
+                trials = [Trial(suspect) for suspect in suspects]
+            for example in record.examples[:FEW]:
+                with suspects_alone(record, parameters, example) as found, same_draws():
+                    error = compared(trials, found[hooks], example, record.batch)
+                if error is not None:
+                    return error
+        except UnsupportedError:
+            raise
+        except ExamplesMixError as error:
+            return error
+        except Exception as error:
+            return UnsupportedError(
+                f"{suspects[0].name} is in the backward, and whether it keeps examples apart has to be seen by running "
+                f"one alone; but then the model raises {error!r}. attach(..., audit=False) does without that check"
+            )
         finally:
             restore()
             self.running = False
-        if seen is None:
-            return None
-        place = f"of module '{seen.where}'" if seen.where else "of the model's own parameters"
-        return ExamplesMixError(
-            f"Between the output {place} and the losses, the backward gives an example another gradient when it is "
-            "alone in the batch. A custom autograd function or a gradient hook uses something of all examples there, "
-            "such as a mean that it kept from the forward, or the batch's size. Then no example has a gradient of its "
-            "own. Take it off; or, if that is an effect of rounding, attach(..., audit=False) does without this check"
-        )
+        return None

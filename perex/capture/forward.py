@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from perex.factors.outline import Outline, outline
 if TYPE_CHECKING:
     from perex.capture.probe import Probe
     from perex.capture.record import Record
+    from perex.capture.suspects import Suspect
     from perex.rules.call import Call
 
 __all__ = ["Entry", "Forward", "Receiver", "Shared", "Source", "Use"]
@@ -103,9 +104,11 @@ class Forward:
         shapes: tells inputs of one kind from others.
         half: whether a tap is behind an operator in half precision of five bits of exponent, `torch.float16`.
         once: whether its graph can be run backward once only.
-        hooked: whether gradient hooks of the user's own were put on tensors or modules in it.
         changed: whether such a hook has changed a gradient.
-        compare: runs examples alone and back, where that is left until hooks have changed gradients.
+        functions: nodes of the user's autograd functions that operators have met, while examples are recorded.
+        hooks: gradient hooks that were put on tensors of examples in it.
+        module_hooks: backward hooks of modules that ran in it.
+        compare: compares them with what they are when examples are alone, if they have changed gradients.
         doubt: why a run of some examples alone has to show that they do not depend on the others, if it has to.
     """
 
@@ -123,9 +126,11 @@ class Forward:
         self.strength = 0
         self.half = False
         self.once = False
-        self.hooked = False
         self.changed = False
-        self.compare: Callable[[], None] | None = None
+        self.functions: list[Any] = []
+        self.hooks: list[Suspect] = []
+        self.module_hooks: list[Suspect] = []
+        self.compare: Callable[[], PerexError | None] | None = None
         self.settled = False
         self.record: Record | None = None
         self.error: PerexError | None = None

@@ -47,6 +47,7 @@ from perex.capture.probe import closed_over, watched
 from perex.capture.record import Record, draws
 from perex.capture.refusals import Refusals
 from perex.capture.rewrites import rewritten
+from perex.capture.suspects import of_hook, of_user
 from perex.capture.taps import Guard
 from perex.capture.writes import Writes
 from perex.rules.broadcast import fill
@@ -109,7 +110,10 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Run one operator, and follow what it does."""
         kwargs = kwargs or {}
-        if self.record is None or not self.active or not draws(func, args, kwargs):
+        if self.record is None or not self.active:
+            return self.handle(func, args, kwargs)
+        self.forward.functions += [t.grad_fn for t in tensors_in(*args, kwargs) if of_user(t.grad_fn)]
+        if not draws(func, args, kwargs):
             return self.handle(func, args, kwargs)
         given = self.record.given(self.refuse.where(), self.labels, tensors_in(*args, kwargs))
         record, self.record = self.record, None  # what it is made of is no draw of its own
@@ -146,7 +150,7 @@ class Capture(TorchFunctionMode):
             held, (hook,) = labels.held(args[0]), (*args[1:], *kwargs.values())
             if held is None:
                 return func(*args, **kwargs)
-            self.forward.hooked = True
+            self.forward.hooks.append(of_hook(hook, args[0]))
             if any(isinstance(labels.of(tensor), Lost) for tensor in closed_over(hook)):
                 self.forward.asks = (
                     "a gradient hook holds something computed from several examples: whether it keeps them apart, "

@@ -15,12 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from perex.capture.axis import Held, Single
 from perex.capture.forward import Forward
-from perex.capture.record import Record
-from perex.errors import ExamplesMixError, PerexError
+from perex.errors import ExamplesMixError, PerexError, UnsupportedError
 from perex.rules.call import Call, widen
 
 LEAST = 2.0**-18
@@ -28,9 +26,6 @@ LEAST = 2.0**-18
 
 Print = tuple[Tensor, Tensor, float]
 """Projection and norm of each example's rows, `(B,)` each, and by how much they may be off."""
-
-SINK = "_DDPSinkBackward"
-"""The node behind the outputs of `DistributedDataParallel`. Its first run starts what synchronises a static graph."""
 
 POWERS = 16
 """Weights are powers of two below 2 to the 16th, of either sign: rounding then is the same with and without."""
@@ -63,7 +58,6 @@ class Probe:
 
     Args:
         weights: for each forward, what the losses of its examples were multiplied by, `(B,)`.
-        record: which is to get some examples' gradients in the backward that is not weighted.
 
     Attributes:
         weighted: whether the backward that is running is the weighted one.
@@ -71,9 +65,8 @@ class Probe:
         blank: whether a tap got nothing to compare: zeros, as behind a head that is zero at first, or no numbers.
     """
 
-    def __init__(self, weights: Mapping[Forward, Tensor], record: Record | None = None) -> None:
+    def __init__(self, weights: Mapping[Forward, Tensor]) -> None:
         self.weights = weights
-        self.record = record
         self.half = any(forward.half for forward in weights)
         self.weighted = True
         self.error: PerexError | None = None
@@ -107,8 +100,6 @@ class Probe:
         if self.weighted:
             self.seen[id(call)] = self.prints(call, grads)
             return
-        if self.record is not None:
-            self.record.arrived(call, grads)
         before = self.seen.pop(id(call), None)
         weights = self.weights.get(call.forward)
         if before is None or weights is None or self.error is not None:
@@ -155,7 +146,15 @@ def watched(hook: Callable[[Tensor], Tensor | None], forward: Forward, axis: Hel
 
     @functools.wraps(hook)
     def run(grad: Tensor) -> Tensor | None:
+        version = grad._version
         out = hook(grad)
+        if grad._version != version:
+            forward.refuse(
+                UnsupportedError(
+                    f"The gradient hook {name} changes the gradient in place, so perex cannot see whether it keeps "
+                    "examples apart: let it return a new tensor"
+                )
+            )
         if out is None or out is grad or out.shape != grad.shape or forward.batch < 2:
             return out
         forward.changed = True
@@ -188,34 +187,6 @@ def same_draws() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-def nodes(roots: Iterable[Node | None]) -> Iterator[Any]:
-    """All nodes of the graph behind some."""
-    waiting, seen = [node for node in roots if node is not None], set()
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [source for source, _ in node.next_functions if source is not None]
-
-
-def user_code(roots: Iterable[Node | None]) -> tuple[bool, list[Any]]:
-    """Whether autograd functions that are not of torch or perex are in a graph; and the nodes of modules' hooks.
-
-    None behind outputs of `DistributedDataParallel` with a static graph: that may be run once.
-    """
-    functions, hooks = False, list[Any]()
-    for node in nodes(roots):
-        if node.name() == SINK:
-            return False, []
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            module = getattr(type(node), "_forward_cls", type(node)).__module__
-            if module == "torch.nn.modules._functions":
-                hooks.append(node)
-            functions = functions or not module.startswith(("perex.", "torch."))
-    return functions, hooks
 
 
 def watch_modules(hooks: Iterable[Any], forward: Forward) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from perex.capture.axis import Axis, Held, Label, Single
 from perex.capture.labels import Labels, plain_name
-from perex.capture.operators import in_place
 from perex.capture.parameters import Entry, Shared
 from perex.capture.state import State
 from perex.rules.call import Call
@@ -74,15 +73,11 @@ class Seen:
         where: the module.
         key: the parameters that met them there.
         rows: what they had.
-        grads: what gradients they got, if a backward has come by.
-        full: of an output of the model, all of these.
     """
 
     where: str
     key: tuple[str, ...]
     rows: Samples
-    grads: Samples = field(default_factory=dict)
-    full: Rows = field(default_factory=dict)
 
 
 @dataclass
@@ -93,13 +88,11 @@ class Draw:
         name: of the operator.
         given: the rows of its arguments.
         rows: the rows of its results.
-        slope: for dropout, the derivative of each element by its own input; None where that is not known.
     """
 
     name: str
     given: list[Seen]
     rows: list[Rows | Tensor]
-    slope: Rows | None = None
 
 
 class Record:
@@ -124,7 +117,6 @@ class Record:
         self.module = module
         self.inputs = {b: inputs(b) for b in examples}
         self.seen: list[Seen] = []
-        self.places: dict[int, Seen] = {}  # by the call; one that is gone gets no gradient, so another may be there
         self.draws: list[Draw] = []
         self.outputs: list[Seen] = []
         self.versions: list[int] = []  # of the parameters before
@@ -158,14 +150,7 @@ class Record:
         if any(isinstance(source, Shared) for source in call.slots.values()):
             return
         key = tuple(sorted(source.name for source in call.slots.values() if isinstance(source, Entry)))
-        seen = self.places[id(call)] = Seen(call.where, key, self.samples(results[0], axes[0]))
-        self.seen.append(seen)
-
-    def arrived(self, call: Call, grads: Sequence[Tensor | None]) -> None:
-        """Gradients have come to where parameters met examples."""
-        seen, grad = self.places.get(id(call)), grads[0]
-        if seen is not None and grad is not None and not grad.is_sparse:
-            seen.grads = self.samples(grad, call.out_axes[0])
+        self.seen.append(Seen(call.where, key, self.samples(results[0], axes[0])))
 
     def given(self, where: str, labels: Labels, tensors: list[Tensor]) -> list[Seen]:
         """What a random operator is given."""
@@ -177,12 +162,6 @@ class Record:
             self.rows(t, held) if isinstance(held, (Axis, Single)) else t.detach().clone() for t, held in out
         ]
         self.draws.append(Draw(plain_name(func), given, rows))
-        tensor, held = out[0] if len(out) == 1 else (None, None)
-        if tensor is None or tensor.grad_fn is None or not isinstance(held, (Axis, Single)) or packing():
-            return
-        if tensor.grad_fn.name() in ("MulBackward0", "NativeDropoutBackward0") and not in_place(func):
-            slope = tensor.grad_fn(torch.ones_like(tensor))[0]  # type: ignore[operator]
-            self.draws[-1].slope = None if slope.shape != tensor.shape else self.rows(slope, held)
 
     def returned(self, tensor: Tensor, label: Label) -> None:
         """An output of the model."""
@@ -191,6 +170,11 @@ class Record:
         self.outputs.append(Seen("", (), rows))
 
 
-def packing() -> bool:
-    """Whether what a backward needs is packed, or made again as in checkpoints, which then draw anew."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def close(batched: Sample, single: Sample) -> bool:
+    """Whether two tensors agree as far as one precision can tell after many operators."""
+    if batched.shape != single.shape:
+        return True  # not comparable, as where one path flattens and the other does not
+    rows, alone = batched.values, single.values
+    size = max(float(rows.nan_to_num(0, 0, 0).abs().max()), float(alone.nan_to_num(0, 0, 0).abs().max()), 1e-30)
+    slack = size * torch.finfo(rows.dtype).eps ** 0.5
+    return torch.allclose(rows, alone.to(rows), rtol=0.0, atol=slack, equal_nan=True)

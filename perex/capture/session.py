@@ -26,6 +26,7 @@ from perex.capture.nest import tensors_of
 from perex.capture.outputs import Outputs
 from perex.capture.parameters import Parameters, Selection
 from perex.capture.sharding import is_managed, leave_last, refuse_flat
+from perex.capture.suspects import of_module_hook
 from perex.errors import AttachError
 from perex.rules.registry import module_rule_for
 
@@ -152,6 +153,12 @@ class Session:
                 capture.opaque = None
                 if out is not None:
                     result = self.close_module(capture, module, args, kwargs, out)
+            if capture is not None and out is not None and capture.active and module._backward_hooks:
+                with torch._C.DisableTorchFunction():
+                    capture.forward.module_hooks += [
+                        of_module_hook(hook, module, path, args, out if result is None else result, capture.labels.held)
+                        for hook in module._backward_hooks.values()
+                    ]
             if frame.begins and capture is not None and out is not None:
                 out = out if result is None else result
                 with torch._C.DisableTorchFunction():  # nothing of it is the model's
@@ -195,6 +202,7 @@ class Session:
                 self.receiver.began(forward)
         assert capture is not None
         self.capture = capture
+        capture.doubts.audited = self.auditor.enabled and not self.parameters.sharded
         capture.inputs = inputs
         batch = capture.forward.batch
         for tensor in inputs:

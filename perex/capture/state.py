@@ -40,7 +40,8 @@ class State:
             if not (getattr(hook, "__module__", None) or "").startswith("perex.")  # these look on
         ]
         held = [found[name] for found, name in own]
-        self.contents = [(value, kept(value)) for value in (*changeable(held), *changeable(variables(hooks)))]
+        values = [*changeable(held), *changeable(variables(hooks), tensors=True)]
+        self.contents = [(value, kept(value)) for value in values]
         buffers = [b for _, _, found in self.attributes for b in found.values() if b is not None]
         tensors = [value for value in (*held, *buffers) if type(value) is Tensor and not value.requires_grad]
         self.copies = {id(tensor): (tensor, tensor.detach().clone()) for tensor in tensors if copies}
@@ -81,34 +82,52 @@ class Variables:
 
 
 def variables(hooks: Iterable[Any]) -> Iterator[Any]:
-    """Where hooks may keep something: variables, and attributes of the object that one belongs to."""
-    waiting = list(hooks)
+    """Where hooks may keep something: variables, attributes of objects of the user's own, defaults of arguments."""
+    waiting, seen = [(hook, getattr(hook, "__module__", None)) for hook in hooks], set[int]()
     while waiting:
-        hook = waiting.pop()
-        if isinstance(hook, FunctionType):
-            yield Variables(hook)
-        elif isinstance(hook, partial):
-            waiting.append(hook.func)
-            yield [*hook.args, *hook.keywords.values()]
-        elif isinstance(hook, MethodType):
-            waiting.append(hook.__func__)
-            yield getattr(hook.__self__, "__dict__", None)
+        value, home = waiting.pop()
+        if id(value) in seen or isinstance(value, (type, nn.Module)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, FunctionType) and value.__module__ == home:
+            found = Variables(value)
+            yield from (found, vars(value), value.__defaults__ or (), value.__kwdefaults__ or {})
+            within = [*found.values()[0], *found.values()[1]]
+        elif isinstance(value, partial):
+            yield [*value.args, *value.keywords.values()]
+            within, home = [value.func, *value.args, *value.keywords.values()], getattr(value.func, "__module__", None)
+        elif isinstance(value, MethodType):
+            within, home = [value.__func__, value.__self__], value.__func__.__module__
+        elif type(value).__module__ == home and hasattr(value, "__dict__"):
+            yield vars(value)
+            within = list(vars(value).values())
         else:
-            yield getattr(hook, "__dict__", None)
+            continue
+        waiting += [(one, home) for one in within]
 
 
 CONTAINERS = (list, dict, set, deque)
 
 
-def changeable(values: Iterable[Any]) -> Iterator[Any]:
-    """Containers, arrays and random generators among some values and in them, at any depth; each once."""
+GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+
+SMALL = 2**16
+"""How many elements a tensor may have that a hook changes in place, such as a counter."""
+
+
+def changeable(values: Iterable[Any], tensors: bool = False) -> Iterator[Any]:
+    """Containers, arrays and random generators among some values and in them, at any depth; tensors if asked for."""
     waiting, seen = list(values), set[int]()
     while waiting:
         value = waiting.pop()
-        if id(value) in seen or isinstance(value, (Tensor, nn.Module, type, str, bytes, int, float)):
+        if id(value) in seen or isinstance(value, (nn.Module, type, str, bytes, int, float)):
             continue
         seen.add(id(value))
-        if isinstance(value, (Variables, *CONTAINERS, np.ndarray, bytearray, torch.Generator, np.random.Generator)):
+        if isinstance(value, Tensor):
+            if tensors and type(value) is Tensor and value.numel() <= SMALL and not value.requires_grad:
+                yield value
+            continue
+        if isinstance(value, (Variables, *CONTAINERS, np.ndarray, bytearray, *GENERATORS)):
             yield value
         if isinstance(value, Variables):
             waiting += [*value.values()[0], *value.values()[1]]
@@ -124,6 +143,10 @@ def kept(value: Any) -> Any:
     """What is needed to put one of them back."""
     if isinstance(value, torch.Generator):
         return value.get_state()
+    if isinstance(value, Tensor):
+        return value._version, value.clone()
+    if isinstance(value, random.Random):
+        return value.getstate()
     if isinstance(value, Variables):
         return value.values()
     return value.bit_generator.state if isinstance(value, np.random.Generator) else copy.copy(value)
@@ -135,6 +158,11 @@ def restore(value: Any, before: Any) -> None:
         refill(value, before)
     elif isinstance(value, torch.Generator):
         value.set_state(before)
+    elif isinstance(value, Tensor):
+        if value._version != before[0]:
+            value.copy_(before[1])
+    elif isinstance(value, random.Random):
+        value.setstate(before)
     elif isinstance(value, np.random.Generator):
         value.bit_generator.state = before
     elif isinstance(value, Variables):
