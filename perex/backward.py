@@ -150,8 +150,7 @@ class Backwards:
         edges, self.session.outputs.edges = dict(self.session.outputs.edges), []
         further = len(losses) == sum(forward.batch for forward in forwards)
         first, new = 0, set[tuple[object, ...]]()
-        weights: dict[Forward, Tensor] = {}
-        factors = weights_of(len(losses), any(forward.half for forward in forwards))
+        parts: dict[Forward, slice] = {}
         for forward in forwards:
             if self.audit:
                 self.session.auditor.check(forward, self.session.parameters)
@@ -160,12 +159,13 @@ class Backwards:
             if self.audit and kind not in self.audited:
                 check_losses(losses, outputs, forward.batch, first)
                 new.add(kind)
-            weights[forward] = factors[first : first + forward.batch].to(losses.device)
+            parts[forward] = slice(first, first + forward.batch)
             first += forward.batch if further else 0
         once = self.session.parameters.sharded or any(forward.once for forward in forwards)
         if not new or once or len(losses) < 2 or any(node.name() == SINK for node in nodes([losses.grad_fn])):
             return None, new
-        probe = Probe(weights)
+        factors = weights_of(len(losses), any(forward.half for forward in forwards)).to(losses.device)
+        probe = Probe({forward: factors[part] for forward, part in parts.items()})
         with same_draws():
             done = self.look(probe, [get_gradient_edge(self.scaled(losses))], [weight * factors.to(weight)], forwards)
         for forward in forwards:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "speed"))
 
 from models import TABLE, Case  # noqa: E402
 from ways import WAYS  # noqa: E402
+
+import perex  # noqa: E402
 
 # Operations over plain's, at most: statistics alone, and with `.grad`.
 FLOPS = {
@@ -78,3 +81,47 @@ def test_a_step(case):
     for (way, (found, most)), limit in zip(measured.items(), limits(case), strict=True):
         assert found <= limit * operations, f"{way}: {found / operations:.3f} of plain training's operations"
         assert most <= plain + SPARE, f"{way}: {most / 2**20:.1f} MiB at the peak, not {plain / 2**20:.1f} as plainly"
+
+
+def test_a_table_of_a_million_rows():
+    """Norms of an embedding need no gradient of the table's size, 1 GB."""
+    table = nn.Embedding.from_pretrained(torch.zeros(1_000_000, 256), freeze=False)
+    model, ids = nn.Sequential(table, nn.Linear(256, 4)), torch.randint(1_000_000, (16, 32))
+    px = perex.attach(model, param_grads=False)
+
+    def step() -> None:
+        px.backward(model(ids).square().mean((1, 2)))
+        assert px.norms().shape == (16,)
+
+    step()
+    assert peak(step) < 2**23
+
+
+def norm_flops(length: int, batch: int) -> int:
+    """Operations of the norms of a linear layer alone, by what the layer itself takes less."""
+    layer, x = nn.Linear(96, 160), torch.randn(batch, length, 96)
+    px = perex.attach(layer, param_grads=False, audit=False)
+
+    def step() -> None:
+        px.backward(layer(x).square().mean((1, 2)))
+
+    step()
+    return flops(step) - 2 * batch * length * 96 * 160
+
+
+def test_cost_is_linear_in_the_batch():
+    assert norm_flops(24, 64) == 2 * norm_flops(24, 32) > 0
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 32, 64, 128, 512])
+def test_sequences_never_cost_more_than_either_form(length):
+    direct, gram = 2 * length * 96 * 160, 2 * length**2 * (96 + 160)
+    assert norm_flops(length, 4) <= 1.1 * 4 * min(direct, gram)  # they also differ in what they write
+
+
+def test_the_last_layer_alone_costs_a_forward():
+    """Nothing runs back behind it."""
+    for case in TABLE[:2]:
+        model, step = stepping(case, "perex, last layer")
+        forward = flops(WAYS["forward"](case, *case.build()))
+        assert forward <= flops(step) <= 1.01 * forward

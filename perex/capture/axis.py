@@ -99,7 +99,7 @@ class Axis(NamedTuple):
         repeat its first.
         """
         if self.plain:
-            return tensor.movedim(self.dim, 0)
+            return tensor.movedim(self.dim, 0) if self.dim else tensor
         if self.owners is None:
             rows = tensor.unflatten(self.dim, (self.outer, batch, self.inner)).movedim(self.dim + 1, 0)
             return rows.flatten(self.dim + 1, self.dim + 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from perex.capture.carry import tensors_in
 from perex.capture.checkpoint import run_recomputation_in
 from perex.capture.forward import Forward
 from perex.capture.labels import Labels
-from perex.capture.parameters import Source
+from perex.capture.memo import Known
+from perex.capture.parameters import Entry, Source
 from perex.capture.refusals import Refusals
 from perex.capture.taps import Poison, Tap
 from perex.rules.broadcast import returned
@@ -45,6 +47,7 @@ class Meeting:
         self.labels = labels
         self.refuse = refusals
         self.recomputing = recomputing
+        self.latest: Call | None = None  # what was recorded last
 
     def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator on parameters and examples, by its rule or on the general path."""
@@ -81,6 +84,34 @@ class Meeting:
                 if axis is not None:
                     call.rows[index] = axis
         return self.tap(call, out, [values[i] if sources[i] is None else values[i].detach() for i in call.kept])
+
+    def again(self, known: Known, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator of which all but its tensors is known."""
+        parameters, call = self.labels.parameters, known.call
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        entries = [parameters.entries.get(id(tensor)) for tensor in tensors]
+        values = [t if e is None else self.value(e) for t, e in zip(tensors, entries, strict=True)]
+        given = iter(values)
+        run_args = [next(given) if isinstance(value, Tensor) else value for value in args]
+        run_kwargs = {name: next(given) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        out = func(*run_args, **run_kwargs)
+        if call is None or known.numbers is None:
+            self.labels.mark(out, known.label)
+            return out
+        slots: dict[Any, Any] = {name: entries[number] for name, number in known.numbers.items()}
+        call = replace(
+            call,
+            forward=self.forward,
+            where=self.refuse.where(),
+            slots=slots,
+            shapes=[tensor.shape for tensor in tensors],
+        )
+        return self.tap(call, out, [values[i].detach() if entries[i] is not None else values[i] for i in call.kept])
+
+    def value(self, entry: Entry) -> Tensor:
+        """What an operator reads in place of a parameter: detached where its gradient is not wanted from autograd."""
+        value = self.labels.parameters.read(entry)
+        return value.detach() if entry.tracked and not self.labels.parameters.param_grads else value
 
     def poisoned(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: Lost, saved: list[Tensor]
@@ -156,6 +187,7 @@ class Meeting:
 
     def tap(self, call: Call, out: Any, saved: list[Tensor]) -> Any:
         """Put a tap behind the results of a call."""
+        self.latest = call
         out_axes = call.out_axes
         if self.forward.record is not None:
             self.forward.record.met(call, tensors_in(out) or list(out), out_axes)

@@ -31,6 +31,7 @@ from perex.capture.labels import (
     plain_name,
 )
 from perex.capture.meeting import Meeting
+from perex.capture.memo import ALIKE, Memo
 from perex.capture.operators import (
     BRANCHES,
     NUMBERS,
@@ -81,6 +82,7 @@ class Capture(TorchFunctionMode):
         key: the attribute under which tensors carry their label.
         where: gives the path of the module that is running.
         recomputing: makes the context in which a checkpoint of a forward runs again.
+        memo: of calls in earlier forwards.
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class Capture(TorchFunctionMode):
         key: str,
         where: Callable[[], str],
         recomputing: Callable[[Forward, tuple[Any, ...]], AbstractContextManager[None]],
+        memo: Memo,
     ) -> None:
         super().__init__()
+        self.memo = memo
         self.parameters = parameters
         self.forward = forward
         self.refuse = Refusals(where)
@@ -129,6 +133,26 @@ class Capture(TorchFunctionMode):
         """Follow one operator."""
         if not self.active or func in PASSED_OVER:
             return func(*args, **kwargs)
+        if func in ALIKE and self.record is None and self.opaque is None and torch.is_grad_enabled():
+            return self.alike(func, args, kwargs)
+        return self.look_at(func, args, kwargs)
+
+    def alike(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Follow one operator as the last one that was called alike, or find out about it and remember that."""
+        form = None
+        if not torch._C._are_functorch_transforms_active():
+            form = self.memo.form(func, args, kwargs, self.labels, self.doubts)
+        known = None if form is None else self.memo.known.get(form)
+        if known is not None:
+            return self.meeting.again(known, func, args, kwargs)
+        strength, self.meeting.latest = self.forward.strength, None
+        out = self.look_at(func, args, kwargs)
+        if form is not None and self.forward.strength == strength:
+            self.memo.learn(form, out, args, self.labels, self.meeting.latest)
+        return out
+
+    def look_at(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Find out where examples are in what one operator gives."""
         labels, doubts, kinds = self.labels, self.doubts, 0
         marks: list[tuple[Tensor, Mark]] = []
         for tensor in tensors_in(args[0]) if func in READS_FIRST else tensors_in(*args, kwargs):

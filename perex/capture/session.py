@@ -21,6 +21,7 @@ from perex.capture.checks import check_model, compiling, learns_graph, refuse_ba
 from perex.capture.forward import Forward, Receiver
 from perex.capture.hooks import hook
 from perex.capture.inputs import batch_size, input_label, packed_in, packed_label
+from perex.capture.memo import Memo
 from perex.capture.mode import Capture
 from perex.capture.nest import tensors_of
 from perex.capture.outputs import Outputs
@@ -83,6 +84,7 @@ class Session:
         self.caller: FrameType | None = None
         self.closed = False
         self.auditor = Auditor(audit)
+        self.memo = Memo()
         self.parameters = Parameters(model, params, param_grads, receiver.untapped)
         self.outputs = Outputs(self.parameters, batch_dim)
         try:
@@ -197,7 +199,7 @@ class Session:
             number = -1 if recomputed else self.forwards
             forward = Forward(number, self.receiver, batch, frame.path, tracked)
             forward.task = torch._C._current_graph_task_id() if recomputed else None
-            capture = Capture(self.parameters, forward, self.key, self.where, self.recomputing)
+            capture = Capture(self.parameters, forward, self.key, self.where, self.recomputing, self.memo)
             if not recomputed:
                 self.receiver.began(forward)
         assert capture is not None
@@ -248,7 +250,7 @@ class Session:
         taken for one example's, but for those that are constants.
         """
         again = Forward(-1, self.receiver, forward.batch, forward.path, forward.tracked)
-        capture = Capture(self.parameters, again, self.key, self.where, self.recomputing)
+        capture = Capture(self.parameters, again, self.key, self.where, self.recomputing, self.memo)
         before = self.capture, self.running, self.frames, self.caller
         restore = run_eagerly()
         self.capture, self.running, self.frames, self.caller = capture, True, [], None

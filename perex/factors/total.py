@@ -47,6 +47,8 @@ class Total(Factor):
 
     def squared_norm(self) -> Tensor:
         r"""$\sum_i \|G^{(i)}\|^2 + 2 \sum_{i<j} \langle G^{(i)}, G^{(j)} \rangle$."""
+        if len(self.factors) == 1:
+            return self.factors[0].squared_norm()
         squares = sizes = torch.stack([factor.squared_norm() for factor in self.factors]).sum(0)
         for i, factor in enumerate(self.factors):
             for earlier in self.factors[:i]:

@@ -20,6 +20,10 @@ WORTH_TRYING = 8.0
 """Ways whose cost is estimated at more than so many times the cheapest are not measured."""
 
 
+MOST = 4096
+"""How many choices are remembered."""
+
+
 @dataclass
 class Preferences:
     """What a user wants to be used.
@@ -79,6 +83,7 @@ class Strategies:
 
     Attributes:
         ways: those that run everywhere, by name.
+        picked: what was chosen for arguments of some shapes.
         fused: those by kernels for GPUs; their plans ask `perex.kernels.spot.current` whether tensors are fit for them.
     """
 
@@ -86,6 +91,7 @@ class Strategies:
         self.kind = kind
         self.ways: dict[str, Strategy] = {}
         self.fused: dict[str, Strategy] = {}
+        self.picked: dict[Any, tuple[str, Plan]] = {}
         _all.append(self)
 
     def way(
@@ -101,6 +107,7 @@ class Strategies:
             if name in self.ways or name in self.fused:
                 raise ValueError(f"{self.kind} has a strategy {name!r} already")
             (self.fused if fused else self.ways)[name] = Strategy(name, plan, run)
+            self.picked.clear()
             return run
 
         return register
@@ -126,12 +133,20 @@ class Strategies:
 
     def pick(self, *shapes: Any) -> tuple[str, Plan]:
         """The name and the plan of that way."""
-        plans, wanted = self.plans(*shapes), _current.get()
-        name = next((name for name in wanted.names if name in plans), wanted.measured.get(self.key(shapes)))
-        if name not in plans:
-            costs = self.costs(plans)
-            name = min(costs, key=costs.__getitem__)
-        return name, plans[name]
+        wanted = _current.get()
+        key = shapes, wanted.names, self.spot()
+        if key not in self.picked or wanted.measured:
+            plans = self.plans(*shapes)
+            name = next((name for name in wanted.names if name in plans), wanted.measured.get(self.key(shapes)))
+            if name not in plans:
+                costs = self.costs(plans)
+                name = min(costs, key=costs.__getitem__)
+            if wanted.measured:
+                return name, plans[name]
+            if len(self.picked) >= MOST:
+                self.picked.clear()
+            self.picked[key] = name, plans[name]
+        return self.picked[key]
 
     def key(self, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
         """What a measurement holds for."""
