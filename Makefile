@@ -53,7 +53,7 @@ $(VENV)/.bench: $(READY)
 	@touch $@
 
 bench: $(VENV)/.bench  ## time perex, plain training and the peers, into docs/benchmarks.md (half an hour; ARGS=--sweeps: more)
-	OMP_WAIT_POLICY=passive $(PY) benchmarks/speed/run.py $(ARGS)
+	$(PY) benchmarks/speed/run.py $(ARGS)
 	$(PY) benchmarks/speed/page.py $$(ls benchmarks/results/speed-*-cpu.json | tail -n 1)
 
 clean:  ## remove .venv, caches and what the demo wrote

@@ -72,7 +72,8 @@ def first_unlike(found: Tensor, once: Tensor, weights: Tensor) -> int | None:
 
 def pulled(losses: Tensor, edges: Sequence[GradientEdge], weights: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the weighted sum of losses with respect to the outputs."""
-    return torch.autograd.grad(losses, list(edges), weights, retain_graph=True, allow_unused=True)
+    total = (losses * weights).sum()  # `grad_outputs` would do, but for them torch imports sympy: 40 MB
+    return torch.autograd.grad(total, list(edges), retain_graph=True, allow_unused=True)
 
 
 def behind_sinks(losses: Tensor, edges: Sequence[GradientEdge]) -> list[GradientEdge]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from perex.audit import check_losses
 from perex.capture.derived import of_parameters
@@ -108,7 +107,7 @@ class Backwards:
         probe, kinds = self.check(losses, weight, forwards)
         self.losses, self.scale, self.probe = count, count if mean and count else 1.0, probe
         try:
-            self.scaled(losses).backward(weight)
+            (self.scaled(losses) * weight).sum().backward()  # given gradients, torch would import sympy: 40 MB
         except RuntimeError as error:
             if probe is None:
                 raise
@@ -167,7 +166,7 @@ class Backwards:
         factors = weights_of(len(losses), any(forward.half for forward in forwards)).to(losses.device)
         probe = Probe({forward: factors[part] for forward, part in parts.items()})
         with same_draws():
-            done = self.look(probe, [get_gradient_edge(self.scaled(losses))], [weight * factors.to(weight)], forwards)
+            done = self.look(probe, (self.scaled(losses) * (weight * factors.to(weight))).sum(), forwards)
         for forward in forwards:
             if forward.changed and forward.compare is not None and (error := forward.compare()) is not None:
                 forward.error = error
@@ -175,18 +174,12 @@ class Backwards:
         probe.weighted = False
         return probe if done else None, new
 
-    def look(
-        self,
-        probe: Probe,
-        outputs: Sequence[GradientEdge],
-        grads: Sequence[Tensor],
-        forwards: Sequence[Forward],
-    ) -> bool:
+    def look(self, probe: Probe, total: Tensor, forwards: Sequence[Forward]) -> bool:
         """Run a backward as far as the taps, for a probe alone; whether that could be done."""
         self.probe, self.looking = probe, True
         try:
             sentinels = [forward.sentinel for forward in forwards]
-            torch.autograd.grad(outputs, sentinels, grads, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(total, sentinels, retain_graph=True, allow_unused=True)
         except RuntimeError:  # reentrant checkpoints and some compiled code cannot be run for this: nor need they be
             return False
         finally:

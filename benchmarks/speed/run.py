@@ -1,6 +1,6 @@
 """Time and memory of perex, plain training and the peers, in interleaved rounds; every number checked in the same run.
 
-    OMP_WAIT_POLICY=passive python benchmarks/speed/run.py            the six models of the table
+    python benchmarks/speed/run.py                  the six models of the table
     python benchmarks/speed/run.py --only 'MLP*' --rounds 3
     python benchmarks/speed/run.py --sweeps                           batch, length and width, too
     python benchmarks/speed/run.py --device cuda --dtype bfloat16

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from perex.capture.axis import Held
 from perex.capture.parameters import Entry, Shared, Source
@@ -18,7 +17,6 @@ from perex.factors.base import Factor
 from perex.factors.outline import Outline, outline
 
 if TYPE_CHECKING:
-    from perex.capture.probe import Probe
     from perex.capture.record import Record
     from perex.capture.suspects import Suspect
     from perex.rules.call import Call
@@ -37,15 +35,6 @@ class Receiver(Protocol):
 
     def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """An output gradient of a call has arrived."""
-
-    def look(
-        self,
-        probe: Probe,
-        outputs: Sequence[GradientEdge],
-        grads: Sequence[Tensor],
-        forwards: Sequence[Forward],
-    ) -> bool:
-        """Run a backward as far as the taps, for a probe alone; whether that could be done."""
 
     def changed(self) -> None:
         """A module's gradient hook has changed a gradient."""
