@@ -379,3 +379,13 @@ def test_the_seventeenth_shape_is_looked_at():
                 px.norms()
         with pytest.raises(perex.PerexError, match="alone"):
             px.norms()
+
+
+def test_a_hook_on_a_module_without_gradients():
+    model = net(lambda h: h)
+    model.second.register_full_backward_hook(lambda m, gi, go: None)
+    model.second.requires_grad_(False)
+    model.function = lambda m, x: m.first(x) + m.second(x)
+    with perex.attach(model) as px:
+        px.backward(model(data(B, T, D)).sin().sum((1, 2)))
+        assert px.norms().shape == (B,)

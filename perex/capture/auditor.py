@@ -95,7 +95,7 @@ class Auditor:
 
     def look(self, forward: Forward, outputs: Outputs, parameters: Parameters) -> None:
         """Check a forward that leaves a doubt as soon as it is over, and remember what was found."""
-        record = forward.record
+        record, functions, forward.functions = forward.record, forward.functions, []
         if not self.enabled or forward.recomputed:
             return
         try:
@@ -104,7 +104,7 @@ class Auditor:
         except PerexError as error:
             forward.error = error
         else:
-            self.look_back(forward, dict(outputs.edges).get(forward.number, []), parameters, record)
+            self.look_back(forward, dict(outputs.edges).get(forward.number, []), functions, parameters, record)
 
     def check(self, forward: Forward, parameters: Parameters) -> None:
         """Run what was recorded of a forward, if anything was.
@@ -152,7 +152,12 @@ class Auditor:
         forward.settled = True
 
     def look_back(
-        self, forward: Forward, outputs: Sequence[Output], parameters: Parameters, record: Record | None
+        self,
+        forward: Forward,
+        outputs: Sequence[Output],
+        met: Sequence[Any],
+        parameters: Parameters,
+        record: Record | None,
     ) -> None:
         """If autograd functions of the user's own are in the graph, look whether their backward keeps examples apart.
 
@@ -161,8 +166,7 @@ class Auditor:
         """
         if forward.batch < 2 or forward.once or parameters.sharded or forward.shapes in self.looked:
             return
-        functions, modules = user_code([*(output.edge.node for output in outputs), *forward.functions])
-        forward.functions = []
+        functions, modules = user_code([*(output.edge.node for output in outputs), *met])
         watch_modules(modules, forward)
         self.functions = self.functions or bool(functions)
         if functions and record is None:

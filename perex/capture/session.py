@@ -155,7 +155,13 @@ class Session:
                 capture.opaque = None
                 if out is not None:
                     result = self.close_module(capture, module, args, kwargs, out)
-            if capture is not None and out is not None and capture.active and module._backward_hooks:
+            if (
+                capture is not None
+                and out is not None
+                and capture.active
+                and module._backward_hooks
+                and torch.is_grad_enabled()
+            ):
                 with torch._C.DisableTorchFunction():
                     capture.forward.module_hooks += [
                         of_module_hook(hook, module, path, args, out if result is None else result, capture.labels.held)
@@ -204,7 +210,6 @@ class Session:
                 self.receiver.began(forward)
         assert capture is not None
         self.capture = capture
-        capture.doubts.audited = self.auditor.enabled and not self.parameters.sharded
         capture.inputs = inputs
         batch = capture.forward.batch
         for tensor in inputs:

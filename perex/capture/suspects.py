@@ -76,10 +76,9 @@ def of_module_hook(
         outputs: what it returned.
         held: where the examples are in a tensor, if it has any.
     """
-    tensors = [*(t for t in inputs if isinstance(t, Tensor)), *tensors_in(outputs)]
-    count = len([t for t in inputs if isinstance(t, Tensor)])
-    wanted = [t.requires_grad for t in tensors]
-    present = [t for t in tensors if t.requires_grad]
+    values, count = [*inputs, *tensors_in(outputs)], len(inputs)
+    wanted = [isinstance(value, Tensor) and value.requires_grad for value in values]
+    present = [value for value, want in zip(values, wanted, strict=True) if want]
 
     def run(*grads: Tensor) -> Any:
         given = iter(grads)
@@ -94,7 +93,9 @@ def of_module_hook(
         like if not isinstance(axis, Axis) else like.narrow(axis.dim, 0, axis.outer * axis.inner)
         for like, axis in zip(takes, axes, strict=True)
     )
-    return Suspect(f"A backward hook of module '{path}'", run, takes, present[0].device, alone)
+    return Suspect(
+        f"A backward hook of module '{path}'", run, takes, present[0].device if present else torch.device("cpu"), alone
+    )
 
 
 def nodes(roots: Iterable[Node | None]) -> Iterator[Any]:
