@@ -236,8 +236,8 @@ class Backwards:
         if self.losses is None and self.audit:
             self.refuse(
                 UnsupportedError(
-                    "a backward hook of a module changes gradients: whether it treats examples alone, "
-                    "`px.backward(losses)`, with one loss an example, can tell"
+                    "a gradient hook, of a module or where numbers left torch, changes gradients: whether it treats "
+                    "examples alone, `px.backward(losses)`, with one loss an example, can tell"
                 )
             )
 

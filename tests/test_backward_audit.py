@@ -389,3 +389,15 @@ def test_a_hook_on_a_module_without_gradients():
     with perex.attach(model) as px:
         px.backward(model(data(B, T, D)).sin().sum((1, 2)))
         assert px.norms().shape == (B,)
+
+
+def test_a_hook_that_holds_a_number():
+    def between(h: Tensor) -> Tensor:
+        h, mean = h * 1.0, float(h.detach().abs().numpy().mean())
+        h.register_hook(lambda grad: grad * mean)
+        return h
+
+    with perex.attach(net(between)) as px:
+        px._session.parameters.model(data(B, T, D)).sin().sum((1, 2)).mean().backward()
+        with pytest.raises(perex.UnsupportedError, match="losses"):
+            px.norms()

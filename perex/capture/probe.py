@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from perex.capture.axis import Held, Single
+from perex.capture.doubts import FAINT
 from perex.capture.forward import Forward
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
 from perex.rules.call import Call, widen
@@ -158,6 +159,8 @@ def watched(hook: Callable[[Tensor], Tensor | None], forward: Forward, axis: Hel
         if out is None or out is grad or out.shape != grad.shape or forward.batch < 2:
             return out
         forward.changed = True
+        if forward.strength > FAINT:  # it may hold a number that left torch
+            forward.receiver.changed()
         weights = weights_of(forward.batch, grad.dtype == torch.float16)
         with torch.no_grad():
             again, expected = hook(weighted(grad, axis, weights)), weighted(out.detach(), axis, weights)
