@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +101,74 @@ class Factor(ABC):
         entries = math.prod(self.shape)
         flops = self.dense_flops() + other.dense_flops() + 2 * self.batch * entries
         return Plan("multiplied out", flops, 3 * block_size(self.batch, entries) * entries)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        r"""$\sum_b w_b G_b$.
+
+        Args:
+            weights: `(B,)`.
+
+        Returns:
+            Tensor `shape`.
+        """
+        total: Any = 0
+        for i, j in self.blocks():
+            gradients = self.dense(i, j)
+            total = total + torch.tensordot(weights[i:j].to(gradients), gradients, 1)
+        return total  # type: ignore[no-any-return]
+
+    def along(self, direction: Tensor) -> Tensor:
+        r"""$\langle G_b, V \rangle$ with one tensor $V$; the real part, for complex parameters.
+
+        Args:
+            direction: `shape`.
+
+        Returns:
+            Tensor `(B,)`.
+        """
+        parts = []
+        for i, j in self.blocks():
+            gradients = self.dense(i, j).reshape(j - i, direction.numel())
+            parts.append((gradients @ direction.to(gradients).flatten().conj()).real)
+        return torch.cat(parts)
+
+    def pairs(self, other: Factor) -> Tensor:
+        r"""$\langle G_b, H_c \rangle$ for all pairs of examples of two batches; the parameter is the same.
+
+        Returns:
+            Tensor `(B, C)`, for C examples of `other`.
+        """
+        from perex.factors.products import all_pairs
+
+        if type(other).pairs is not Factor.pairs:  # it knows how to go into itself
+            return other.pairs(self).mT
+        form = all_pairs(type(self), type(other))
+        return self.blockwise_pairs(other) if form is None else form(self, other)
+
+    def blockwise_pairs(self, other: Factor) -> Tensor:
+        """`pairs`, both sides multiplied out a few examples at a time."""
+        rows = []
+        for i, j in self.blocks():
+            own = self.dense(i, j).reshape(j - i, math.prod(self.shape))
+            blocks = (other.dense(k, m).reshape(m - k, math.prod(self.shape)) for k, m in other.blocks())
+            rows.append(torch.cat([(own @ block.mH).real for block in blocks], 1))
+        return torch.cat(rows)
+
+    def project(self, rows: Tensor, columns: Tensor) -> Tensor:
+        r"""$a_k^\top G_b b_k$ for several pairs of vectors, $G_b$ taken as a matrix of its first dimension by the rest.
+
+        Args:
+            rows: $a_k$ as columns, `(m, K)`, with m the parameter's first dimension.
+            columns: $b_k$ as columns, `(n, K)`, with n the product of its other dimensions.
+
+        Returns:
+            Tensor `(B, K)`.
+        """
+        parts = []
+        for i, j in self.blocks():
+            matrices = self.dense(i, j).reshape(j - i, len(rows), len(columns))
+            parts.append(((matrices @ columns.to(matrices)) * rows.to(matrices)).sum(1))
+        return torch.cat(parts)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of examples whose multiplied-out gradients fit in one block."""

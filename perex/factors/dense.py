@@ -56,3 +56,7 @@ class Dense(Factor):
     def beside(self, other: Factor) -> Factor | None:
         """See `Factor.beside`."""
         return Dense(torch.cat((self.values, other.values))) if isinstance(other, Dense) else None
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """See `Factor.weighted_sum`."""
+        return torch.tensordot(weights.to(self.values), self.values, 1)

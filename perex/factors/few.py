@@ -38,7 +38,7 @@ class Few(Factor):
         first, last = bisect_left(self.examples, start), bisect_left(self.examples, stop)
         values = self.factor.dense(first, last)
         full = values.new_zeros(stop - start, *self.shape)
-        full[torch.tensor(self.examples[first:last], device=full.device, dtype=torch.long) - start] = values
+        full[self.numbers(full.device)[first:last] - start] = values
         return full
 
     def squared_norm(self) -> Tensor:
@@ -103,3 +103,25 @@ class Few(Factor):
         found = [(place, bisect_left(self.examples, b)) for place, b in enumerate(wanted) if b in self.examples]
         inner = self.factor.take(torch.tensor([k for _, k in found], dtype=torch.long))
         return Few(inner, [place for place, _ in found], len(wanted))
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """See `Factor.weighted_sum`."""
+        return self.factor.weighted_sum(weights[self.numbers(weights.device)])
+
+    def along(self, direction: Tensor) -> Tensor:
+        """See `Factor.along`."""
+        return self.spread(self.factor.along(direction), self.examples)
+
+    def pairs(self, other: Factor) -> Tensor:
+        """See `Factor.pairs`: zero for all others."""
+        found = self.factor.pairs(other)
+        return found.new_zeros(self.batch, other.batch).index_copy(0, self.numbers(found.device), found)
+
+    def project(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """See `Factor.project`."""
+        found = self.factor.project(rows, columns)
+        return found.new_zeros(self.batch, found.shape[1]).index_copy(0, self.numbers(found.device), found)
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """Which examples have a gradient, as a tensor."""
+        return torch.tensor(self.examples, device=device, dtype=torch.long)

@@ -64,3 +64,24 @@ class Outer(Factor):
         if not isinstance(other, Outer) or self.left.shape[1] != other.left.shape[1]:
             return None
         return Outer(torch.cat((self.left, other.left)), torch.cat((self.right, other.right)), self.shape)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        r"""$\sum_{bt} w_b l_{bt} r_{bt}^\top$, one matrix product; the narrower side takes the weights."""
+        weights = weights.to(self.left)[:, None, None]
+        left, right = self.left, self.right
+        if left.shape[2] <= right.shape[2]:
+            left = left * weights
+        else:
+            right = right * weights
+        return (left.flatten(0, 1).T @ right.flatten(0, 1)).reshape(self.shape)
+
+    def along(self, direction: Tensor) -> Tensor:
+        r"""$\sum_t l_t^\top V r_t$."""
+        matrix = direction.to(self.left).reshape(self.left.shape[2], self.right.shape[2])
+        return ((self.left @ matrix) * self.right).sum((1, 2))
+
+    def project(self, rows: Tensor, columns: Tensor) -> Tensor:
+        r"""$\sum_t (a_k \cdot l_t)(b_k \cdot r_t)$: both sides are projected, and nothing is multiplied out."""
+        if len(rows) != self.left.shape[2]:  # a weight whose first dimension is not the outer product's
+            return super().project(rows, columns)
+        return ((self.left @ rows.to(self.left)) * (self.right @ columns.to(self.right))).sum(1)

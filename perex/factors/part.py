@@ -123,3 +123,22 @@ class Part(Factor):
         """See `Factor.beside`."""
         joined = self.factor.beside(other.factor) if isinstance(other, Part) and self.place == other.place else None
         return None if joined is None else Part(joined, self.place)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """See `Factor.weighted_sum`: written to its place."""
+        values = self.factor.weighted_sum(weights)
+        full = values.new_zeros(self.shape)
+        full.as_strided(values.shape, self.place.stride, self.place.offset).copy_(values)
+        return full
+
+    def along(self, direction: Tensor) -> Tensor:
+        """See `Factor.along`: what is read of the direction is in the same place."""
+        whole = direction.contiguous()
+        offset = whole.storage_offset() + self.place.offset
+        return self.factor.along(whole.as_strided(self.place.size, self.place.stride, offset))
+
+    def pairs(self, other: Factor) -> Tensor:
+        """See `Factor.pairs`."""
+        if isinstance(other, Part) and self.place == other.place:
+            return self.factor.pairs(other.factor)
+        return self.blockwise_pairs(other)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
-from perex.kernels.convolution import plan, squared_norm
-from perex.kernels.geometry import Geometry, measures, weight_gradient
+from perex.kernels.blocks import example_blocks
+from perex.kernels.convolution import by_group, plan, squared_norm
+from perex.kernels.geometry import Geometry, convolved, measures, patches, weight_gradient
 from perex.kernels.plan import Plan
 
 
@@ -83,3 +85,30 @@ class Patches(Factor):
         if self.x.shape[1:] != other.x.shape[1:] or self.grads.shape[1:] != other.grads.shape[1:]:
             return None
         return Patches(torch.cat((self.x, other.x)), torch.cat((self.grads, other.grads)), self.geometry)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """See `Factor.weighted_sum`: one call of the backend for all examples; the narrower side takes the weights."""
+        x, grads = self.x, self.grads
+        weights = weights.to(x).reshape(-1, *(1,) * (x.dim() - 1))
+        if x.numel() <= grads.numel():
+            x = x * weights
+        else:
+            grads = grads * weights
+        return weight_gradient(x.flatten(0, 1), grads.flatten(0, 1), self.geometry)
+
+    def along(self, direction: Tensor) -> Tensor:
+        r"""$\sum_p g_p \cdot V u_p$: the convolution by $V$, times the output gradient."""
+        out = convolved(self.x.flatten(0, 1), direction.to(self.x), self.geometry)
+        return (out.reshape(self.grads.shape) * self.grads).flatten(1).sum(1)
+
+    def project(self, rows: Tensor, columns: Tensor) -> Tensor:
+        r"""$\sum_p (a_k \cdot g_p)(b_k \cdot u_p)$, patches unfolded a few examples at a time."""
+        narrow, wide = (self.x, self.grads) if self.geometry.transposed else (self.grads, self.x)
+        groups, parts = self.geometry.groups, []
+        left_of = rows.to(narrow).reshape(groups, -1, rows.shape[1])  # (G, m / G, K)
+        positions = narrow.shape[1] * math.prod(narrow.shape[3:])
+        for i, j in example_blocks(self.batch, groups * positions * max(len(columns), rows.shape[1])):
+            left = by_group(narrow[i:j], groups).flatten(2, -2) @ left_of  # (b, G, T, K)
+            right = patches(wide[i:j], narrow.shape[3:], self.geometry) @ columns.to(wide)
+            parts.append((left * right).sum((1, 2)))
+        return torch.cat(parts)

@@ -66,3 +66,16 @@ class Rows(Factor):
         if not isinstance(other, Rows) or self.ids.shape[1] != other.ids.shape[1]:
             return None
         return Rows(torch.cat((self.ids, other.ids)), torch.cat((self.grads, other.grads)), self.shape)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        r"""$\sum_{bt} w_b e_{id_{bt}} g_{bt}^\top$, added up row by row."""
+        grads = self.grads * weights.to(self.grads)[:, None, None]
+        return grads.new_zeros(self.shape).index_add_(0, self.ids.flatten().long(), grads.flatten(0, 1))
+
+    def along(self, direction: Tensor) -> Tensor:
+        r"""$\sum_t g_t \cdot V[id_t]$."""
+        return (direction.to(self.grads)[self.ids.long()] * self.grads).sum((1, 2))
+
+    def project(self, rows: Tensor, columns: Tensor) -> Tensor:
+        r"""$\sum_t a_k[id_t] (b_k \cdot g_t)$."""
+        return (rows[self.ids.long()].to(self.grads) * (self.grads @ columns.to(self.grads))).sum(1)

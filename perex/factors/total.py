@@ -69,3 +69,26 @@ class Total(Factor):
     def take(self, examples: Tensor) -> Factor:
         """See `Factor.take`."""
         return Total(factor.take(examples) for factor in self.factors)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """See `Factor.weighted_sum`."""
+        return added(factor.weighted_sum(weights) for factor in self.factors)
+
+    def along(self, direction: Tensor) -> Tensor:
+        """See `Factor.along`."""
+        return added(factor.along(direction) for factor in self.factors)
+
+    def pairs(self, other: Factor) -> Tensor:
+        r"""$\sum_{ij} \langle G^{(i)}_b, H^{(j)}_c \rangle$."""
+        others = other.factors if isinstance(other, Total) else [other]
+        return added(one.pairs(two) for one in self.factors for two in others)
+
+    def project(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """See `Factor.project`."""
+        return added(factor.project(rows, columns) for factor in self.factors)
+
+
+def added(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more tensors."""
+    first, *others = tensors
+    return sum(others, first)

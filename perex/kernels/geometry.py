@@ -63,6 +63,21 @@ def weight_gradient(x: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
     )[1]
 
 
+def convolved(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The convolution by a weight, `(R, C_in, *spatial)` to `(R, C_out, *spatial')`."""
+    return torch.convolution(
+        x,
+        weight,
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.transposed,
+        geometry.output_padding,
+        geometry.groups,
+    )
+
+
 @torch.library.custom_op("perex::weight_gradients", mutates_args=())
 def weight_gradients(
     x: Tensor,
