@@ -1,6 +1,7 @@
 """Exact per-example gradient norms for PyTorch, from one batched backward pass."""
 
 from perex import factors
+from perex.attaching import attach
 from perex.errors import (
     AttachError,
     ExamplesMixError,
@@ -9,13 +10,14 @@ from perex.errors import (
     PerexError,
     UnsupportedError,
 )
-from perex.quantities import Quantity
+from perex.gradients import Gradients
+from perex.quantities import Dots, Grads, Gram, NoiseScale, Projections, Quantity
 from perex.report import Report, Row
 from perex.rules import broadcast, convolution, embedding, grouped, linear, normalization  # noqa: F401  (they register)
 from perex.rules.call import Captured
 from perex.rules.registry import module_rule, operator_rule
 from perex.scoring import Scores, ScoringError, score
-from perex.tracker import Tracker, attach
+from perex.tracker import Tracker
 from perex.verification import Comparison, Verification
 from perex.verify import verify
 
@@ -25,10 +27,16 @@ __all__ = [
     "AttachError",
     "Captured",
     "Comparison",
+    "Dots",
     "ExamplesMixError",
+    "Gradients",
+    "Grads",
+    "Gram",
     "LossError",
+    "NoiseScale",
     "NotReadyError",
     "PerexError",
+    "Projections",
     "Quantity",
     "Report",
     "Row",

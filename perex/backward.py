@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +31,9 @@ STRAY = (
 )
 
 
+ROOM = 2**25
+"""How many bytes of gradients are kept where nobody has asked for them: 32 MiB."""
+
 BLANKS = 16
 """How many backwards are looked at again because they brought no gradients to some tap, in all."""
 
@@ -43,6 +47,8 @@ class Backwards:
         audit: whether backwards of losses are checked for examples that influence each other.
         scaler: of the loss that is run backward, if one is used.
         preferences: which ways to the norms to take.
+        keep: whether gradients are kept when a backward is over: always, never, or, if None, those of the first one
+            and, if these are asked for, of those after it.
 
     Attributes:
         session: the session whose forwards these are backwards of; set by who makes both.
@@ -60,12 +66,14 @@ class Backwards:
         audit: bool,
         scaler: torch.amp.GradScaler | None,
         preferences: Preferences,
+        keep: bool | None,
     ) -> None:
         self.quantities = quantities
         self.param_grads = param_grads
         self.audit = audit
         self.scaler = scaler
         self.preferences = preferences
+        self.keep = keep
         self.audited: set[tuple[object, ...]] = set()
         self.blanks = 0
         self.latest: Forward | None = None
@@ -79,7 +87,14 @@ class Backwards:
     def began(self, forward: Forward) -> None:
         """A forward begins."""
         self.latest = forward
+        if self.result is not None:
+            self.keep = False if self.keep is None and self.result.finished else self.keep  # nobody asked
+            self.result.release()
         self.pending = [ref for ref in self.pending if ref() is not None] + [weakref.ref(forward)]
+
+    def asked(self) -> None:
+        """Somebody wants gradients that were kept: go on keeping them."""
+        self.keep = True if self.keep is None else self.keep
 
     # Running one
 
@@ -273,8 +288,12 @@ class Backwards:
         waiting = [found for ref in self.pending if (found := ref()) is not None]
         alone = all(found is forward for found in waiting)
         number = self.latest.number if self.latest is not None else 0
-        result = Result(task, self.quantities, alone, number, self.losses, self.scale)
+        keep = not (forward is not None and forward.sparing) if self.keep is None else self.keep
+        result = Result(task, self.quantities, alone, number, keep, self.losses, self.scale)
+        result.room = ROOM if self.keep is None else math.inf
         result.scaled = self.scaling()
+        if result.keep and self.param_grads:
+            result.remember(entry for entry in self.session.parameters if entry.tracked)
         self.result = result
         torch.autograd.Variable._execution_engine.queue_callback(result.finish)
         self.pending = []

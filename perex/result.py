@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from perex.capture.forward import Forward
 from perex.capture.parameters import Entry
 from perex.errors import NotReadyError, PerexError
-from perex.factors import Factor, Total
+from perex.factors import Dense, Factor, Few, Total
+from perex.gradients import Kept
 from perex.quantities import Quantity
 
 
@@ -20,7 +22,8 @@ class Share:
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
         self.open: dict[Entry, list[Factor]] = {}
-        self.closed: dict[Entry, list[Tensor]] = {}
+        self.closed: dict[Entry, list[Tensor | None]] = {}
+        self.kept: dict[Entry, Kept] = {}
         self.overflowed: Tensor | None = None
 
 
@@ -33,6 +36,8 @@ class Result:
         alone: whether all factors come from one forward, so that a parameter can be closed, and its memory
             freed, as soon as its last factor is in.
         number: how many forwards had begun when this backward did.
+        keep: whether gradients are kept as factors, to be used after the backward.
+        room: how many bytes of them; with more, all are let go.
         losses: how many losses were handed over, if they were.
         scale: what gradients are to be multiplied by to be those of the examples' own losses, if known.
     """
@@ -43,6 +48,7 @@ class Result:
         quantities: Sequence[Quantity],
         alone: bool,
         number: int,
+        keep: bool = False,
         losses: int | None = None,
         scale: float | None = None,
     ) -> None:
@@ -50,12 +56,16 @@ class Result:
         self.quantities = quantities
         self.alone = alone
         self.number = number
+        self.keep = keep
+        self.room = math.inf
         self.shares: dict[Forward, Share] = {}
         self.losses = losses
         self.scale = scale
         self.scaled: Tensor | None = None
         self.error: PerexError | None = None
         self.finished = False
+        self.before: dict[Entry, Tensor | None] | None = None
+        """What `.grad` of each tracked parameter was, before it is changed."""
 
     def share(self, forward: Forward) -> Share:
         """The part of one forward."""
@@ -92,6 +102,24 @@ class Result:
         if factors:
             total = Total(factors)
             shares[0].closed[entry] = [quantity.reduce(entry.name, total) for quantity in self.quantities]
+            if self.keep:
+                kept = shares[0].kept[entry] = Kept(total)
+                self.room -= sum(tensor.nbytes for tensor, _ in kept.stamps)
+                if self.room < 0:
+                    self.release()
+
+    def remember(self, entries: Iterable[Entry]) -> dict[Entry, Tensor | None]:
+        """What `.grad` of some parameters was when this was called first."""
+        if self.before is None:
+            grads = {entry: entry.parameter.grad for entry in entries}
+            self.before = {entry: None if grad is None else grad.clone() for entry, grad in grads.items()}
+        return self.before
+
+    def release(self) -> None:
+        """Let go of the gradients that were kept."""
+        self.keep, self.before = False, None
+        for share in self.shares.values():
+            share.kept.clear()
 
     def finish(self) -> None:
         """The backward has come to its end."""
@@ -101,40 +129,64 @@ class Result:
         """Remember why this result must not be read; the first reason stays."""
         self.error = self.error or error
 
-    def values(self, index: int, relation: str | None) -> tuple[dict[Entry, Tensor], int]:
-        """One quantity of every tracked parameter.
+    def groups(self, relation: str | None) -> list[list[Share]]:
+        """Shares by whose examples they hold, every parameter closed.
 
         Args:
-            index: the quantity's place among `quantities`.
             relation: for several forwards, whether they hold the `"same"` examples or `"further"` ones.
-
-        Returns:
-            `(B,)` values by parameter, and the number of examples B.
         """
         shares = sorted(self.shares.values(), key=lambda share: share.forward.number)
-        relation = self.relation(shares, relation)
-        groups = [shares] if relation == "same" else [[share] for share in shares]
+        same = self.relation(shares, relation) == "same"
+        groups = [shares] if same else [[share] for share in shares]
         for group in groups:
             for entry in {entry for share in group for entry in share.open}:
                 self.close(group, entry)
-        tracked = {entry: None for share in shares for entry in share.forward.tracked}
-        values: dict[Entry, Tensor] = {}
-        for entry in tracked:
-            parts = [self.part(group[0], entry, index) for group in groups]
-            value = torch.cat(parts) if len(parts) > 1 else parts[0]
-            if any(share.overflowed is not None for share in shares):
+        return groups
+
+    def tracked(self) -> list[Entry]:
+        """The tracked parameters of all forwards."""
+        return list(dict.fromkeys(entry for share in self.shares.values() for entry in share.forward.tracked))
+
+    def values(self, index: int, relation: str | None) -> tuple[dict[Entry, Tensor], int]:
+        """One quantity of every tracked parameter that has a part in it.
+
+        Args:
+            index: the quantity's place among `quantities`.
+            relation: see `groups`.
+
+        Returns:
+            Values by parameter, and the number of examples B.
+        """
+        groups = self.groups(relation)
+        quantity, values = self.quantities[index], dict[Entry, Tensor]()
+        for entry in self.tracked():
+            found = [self.part(group[0], entry, index) for group in groups]
+            parts = [part for part in found if part is not None]
+            if not parts:
+                continue
+            value = quantity.joined(parts) if len(parts) > 1 else parts[0]
+            if index == 0 and any(share.overflowed is not None for share in self.shares.values()):
                 overflowed = torch.cat([self.overflowed(group, value.device) for group in groups])
                 value = value.masked_fill(overflowed & value.isnan(), float("inf"))
             values[entry] = value
         return values, sum(group[0].forward.batch for group in groups)
 
-    def part(self, share: Share, entry: Entry, index: int) -> Tensor:
-        """A parameter's values from one forward; zero where it was not used."""
+    def kept(self, relation: str | None) -> dict[Entry, list[Kept]]:
+        """The gradients that were kept, by parameter; for each forward of further examples, one."""
+        groups = self.groups(relation)
+        return {
+            entry: [
+                group[0].kept.get(entry) or Kept(Total([nothing(entry, group[0].forward.batch)])) for group in groups
+            ]
+            for entry in self.tracked()
+        }
+
+    def part(self, share: Share, entry: Entry, index: int) -> Tensor | None:
+        """A parameter's values from one forward; of gradients that are zero where it was not used."""
         found = share.closed.get(entry)
         if found is not None:
             return found[index]
-        dtype = torch.promote_types(entry.parameter.dtype, torch.float32).to_real()
-        return torch.zeros(share.forward.batch, dtype=dtype, device=entry.parameter.device)
+        return self.quantities[index].reduce(entry.name, Total([nothing(entry, share.forward.batch)]))
 
     def overflowed(self, group: Iterable[Share], device: torch.device) -> Tensor:
         """Which examples' gradients became infinite in half precision, `(B,)`."""
@@ -167,3 +219,9 @@ class Result:
         if relation == "same" and any(share.closed for share in shares[1:]):
             raise NotReadyError("forwards of different backwards came together in one: run one backward for them all")
         return relation
+
+
+def nothing(entry: Entry, batch: int) -> Factor:
+    """The gradients of a parameter that was not used: no example has one."""
+    dtype = torch.promote_types(entry.parameter.dtype, torch.float32)
+    return Few(Dense(torch.empty(0, *entry.parameter.shape, dtype=dtype, device=entry.parameter.device)), [], batch)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,96 +12,23 @@ from torch import Tensor, nn
 from perex.backward import Backwards
 from perex.capture.parameters import Entry, Selection
 from perex.capture.session import Session
-from perex.errors import ArgumentError, AttachError, LossError, NotReadyError, PerexError
-from perex.kernels.strategies import Preferences, known_strategies, preferring
-from perex.quantities import Quantity, SquaredNorms
+from perex.clipping import Groups, bounds_of, clipped, groups_of, normalized, norms_of
+from perex.errors import ArgumentError, LossError, NotReadyError, PerexError
+from perex.gradients import Gradients
+from perex.kernels.strategies import Preferences, preferring
+from perex.quantities import By, Quantity, SquaredNorms, grouped
 from perex.report import Report, rows_of, shared_of
 from perex.result import Result
 
-By = Literal["parameter", "module"]
-
-
-def attach(
-    model: nn.Module,
-    *quantities: Quantity,
-    params: Selection = None,
-    loss_reduction: Literal["mean", "sum"] = "mean",
-    batch_dim: int = 0,
-    param_grads: bool = True,
-    forwards: Literal["same", "further"] | None = None,
-    audit: bool = True,
-    grad_scaler: torch.amp.GradScaler | None = None,
-    strategies: str | Sequence[str] = (),
-    autotune: bool = False,
-) -> Tracker:
-    r"""Attach perex to a model, to read per-example gradient norms after a backward.
-
-    For a batch with losses $\ell_b$, it gives $\|\partial \ell_b / \partial \theta\|$ for every example $b$, of
-    each parameter and of all together, exactly and without a backward for each example.
-
-    Args:
-        model: any module. Its code runs unchanged; its `state_dict` and outputs stay as they are.
-        quantities: further statistics to reduce gradients to; see `Tracker.read`.
-        params: which parameters to track: None for all that require grad, names or globs such as
-            `["layer4.*", "fc.weight"]`, or a function of `(name, parameter)`.
-        loss_reduction: how the loss that is run backward comes from the examples' losses: `"mean"` or `"sum"`.
-        batch_dim: the dimension of the model's inputs that holds the examples.
-        param_grads: whether `.grad` is computed too. With False it is left alone, and weight gradients are
-            never computed: the fastest way when only statistics are wanted. (torch may then choose other kernels,
-            as it does for frozen weights, so outputs agree to rounding; with True they are the same to the bit.)
-        forwards: what several forwards before one backward hold: the `"same"` examples, as the two sides of
-            a siamese network, or `"further"` ones. None refuses what it cannot know.
-        audit: whether `px.backward(losses)` checks the first batch, and each whose inputs have new shapes, for
-            examples that influence each other: a few of them are run again alone and compared; each loss may depend
-            on its own example's outputs only; and a backward with other weights on the losses, which comes first and
-            runs gradient hooks too, has to bring gradients in proportion.
-        grad_scaler: the scaler of the loss that is run backward, as in `scaler.scale(loss).backward()`: norms are then
-            of the loss before scaling. `px.backward(losses)` scales by itself.
-        strategies: ways to the norms to take wherever they apply, the first one first, in place of the cheapest: of
-            linear layers `"direct"`, `"Gram"`; of convolutions `"call per example"`, `"grouped calls"`, `"unfolded"`,
-            `"pixel Gram"`; on GPUs, with Triton, also `"Triton direct"`, `"Triton Gram"` and, of embeddings,
-            `"Triton segments"`. `px.report()` shows what was taken.
-        autotune: whether to measure the ways that apply, once for each shape, and take the fastest, rather than the
-            one that counting operations and bytes says is. The first steps are slower for that.
-
-    Returns:
-        A `Tracker`, which is also a context manager that detaches on exit.
-
-    Raises:
-        AttachError: the model is scripted, compiled, `DataParallel` or attached already; an argument is wrong.
-
-    Example:
-        >>> import torch, perex
-        >>> model = torch.nn.Linear(3, 1, bias=False)
-        >>> x = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 5.0]])
-        >>> with perex.attach(model) as px:
-        ...     model(x).mean().backward()
-        >>> px.norms()
-        tensor([3., 5.])
-    """
-    if loss_reduction not in ("mean", "sum"):
-        raise AttachError(f"loss_reduction={loss_reduction!r}: it is 'mean' or 'sum'")
-    if forwards not in (None, "same", "further"):
-        raise AttachError(f"forwards={forwards!r}: it is None, 'same' or 'further'")
-    if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
-        raise AttachError(f"batch_dim={batch_dim!r}: it is a dimension of the inputs, counted from 0")
-    if grad_scaler is not None and not callable(getattr(grad_scaler, "scale", None)):
-        raise AttachError(f"grad_scaler: expected a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
-    for quantity in quantities:
-        if not isinstance(quantity, Quantity):
-            raise AttachError(f"{quantity!r} is no perex.Quantity; parameters are chosen with `params=`")
-    names = (strategies,) if isinstance(strategies, str) else tuple(strategies)
-    for name in names:
-        if name not in known_strategies():
-            raise AttachError(f"strategies: {name!r} is none of {', '.join(sorted(known_strategies()))}")
-    preferences = Preferences(names, autotune)
-    return Tracker(
-        model, quantities, params, loss_reduction, batch_dim, param_grads, forwards, audit, grad_scaler, preferences
-    )
+SPARED = (
+    "unless told otherwise, perex keeps those of the first backward, if they take at most 32 MiB and nothing is "
+    "checkpointed, and those of later ones only if the first one's were asked for. attach(..., memory='high') keeps "
+    "those of every backward"
+)
 
 
 class Tracker:
-    """What `attach` returns. See there for the arguments."""
+    """What `attach` returns; see there for the arguments."""
 
     def __init__(
         self,
@@ -115,13 +42,22 @@ class Tracker:
         audit: bool,
         grad_scaler: torch.amp.GradScaler | None,
         preferences: Preferences,
+        keep: bool | None,
     ) -> None:
         self._quantities: list[Quantity] = [SquaredNorms(), *quantities]
         self._mean = loss_reduction == "mean"
         self._relation = forwards
-        self._backwards = Backwards(self._quantities, param_grads, audit, grad_scaler, preferences)
+        self._memory = keep
+        self._backwards = Backwards(self._quantities, param_grads, audit, grad_scaler, preferences, keep)
         self._session = Session(model, params, param_grads, batch_dim, self._backwards, audit)
         self._backwards.session = self._session
+        tracked = {entry.name: entry.parameter for entry in self._session.parameters if entry.tracked}
+        try:
+            for quantity in quantities:
+                quantity.attached(model, tracked)
+        except PerexError:
+            self.detach()
+            raise
 
     # The contract
 
@@ -197,42 +133,146 @@ class Tracker:
 
     def squared_norms(self, by: By | None = None) -> Tensor | dict[str, Tensor]:
         """Squares of `norms`, which add up over parameters. See there."""
-        values, scale = self._values(0)
-        if by is None:
-            return self._unscaled(added_up(list(values.values())), scale)
-        squared = {entry: self._unscaled(value, scale) for entry, value in values.items()}
-        if by == "parameter":
-            return {entry.name: value for entry, value in squared.items()}
-        if by == "module":
-            modules: dict[str, Tensor] = {}
-            for entry, value in squared.items():
-                present = modules.get(entry.module)
-                modules[entry.module] = value if present is None else present + value.to(present.device)
-            return modules
-        raise ArgumentError(f"by={by!r}: it is None, 'parameter' or 'module'")
+        found: Tensor | dict[str, Tensor] = self.read(self._quantities[0], by)
+        return found
 
-    def _unscaled(self, squared: Tensor, scale: float) -> Tensor:
-        """Squares of gradients of the examples' own losses, from those of the loss that was run backward."""
-        result = self._backwards.result
-        squared = squared * scale**2
-        return squared if result is None or result.scaled is None else squared / result.scaled.to(squared) ** 2
-
-    def read(self, quantity: Quantity) -> dict[str, Tensor]:
-        """The values of a further quantity given to `attach`, by parameter.
-
-        They are of the loss that was run backward: with a mean over the batch, 1/B of each example's own, and scaled
-        where it was scaled.
+    def read(self, quantity: Quantity, by: By | None = None) -> Any:
+        """The values of a further quantity given to `attach`, of the examples' own losses.
 
         Args:
             quantity: the object that was given.
+            by: None for all tracked parameters together, `"parameter"` or `"module"` for each.
 
         Returns:
-            What its `reduce` made of each parameter, by name.
+            What its `reduce` made of the parameters, added up, or a dict by parameter name or module path.
+
+        Raises:
+            NotReadyError, PerexError: as in `norms`.
         """
-        if quantity not in self._quantities:
+        index = next((i for i, given in enumerate(self._quantities) if given is quantity), None)
+        if index is None:
             raise ArgumentError(f"{quantity!r} was not given to attach")
-        values, _ = self._values(self._quantities.index(quantity))
-        return {entry.name: value for entry, value in values.items()}
+        values, scale = self._values(index)
+        found = {entry.name: value for entry, value in values.items()}
+        if quantity.degree:
+            power = scale**quantity.degree
+            found = {
+                name: value * (power.to(value) if isinstance(power, Tensor) else power) for name, value in found.items()
+            }
+        return found if by == "parameter" else grouped(found, by, quantity.combined)
+
+    @property
+    def scale(self) -> float | Tensor:
+        """What gradients of the loss that was run backward are multiplied by, to be of the examples' own losses.
+
+        It is B for a mean over the batch and 1 for a sum, divided by what a `grad_scaler` multiplied the loss by.
+
+        Raises:
+            NotReadyError, PerexError: as in `norms`.
+        """
+        return self._values(0)[1]
+
+    # Using the gradients
+
+    def clip_(
+        self,
+        max_norm: float | Mapping[str, float],
+        by: Groups = None,
+        normalize: bool = False,
+        stability: float = 0.01,
+    ) -> Tensor | dict[str, Tensor]:
+        r"""Make `.grad` the sum of clipped gradients, $\sum_b \min(1, C / \|g_b\|) \, g_b$.
+
+        $g_b$ is the gradient of example b's own loss. The sum comes from the backward that was run; each weight
+        gradient is one more product, with the weights in it. What `.grad` held before the forward is added to, as a
+        backward would: so micro-batches accumulate, and `zero_grad` begins anew. Attach with `param_grads=False`, and
+        the backward itself computes no weight gradients. In a process group, the sum is of this process's examples.
+
+        Args:
+            max_norm: $C$, or one for each group by name.
+            by: None to clip all tracked parameters together; `"parameter"` or `"module"` for each on its own; or
+                groups of them, as a dict from a name to globs of parameters.
+            normalize: divide by the norm always, $C / (\|g_b\| + \gamma)$, so that the bound no longer decides how many
+                examples count in full: automatic clipping.
+            stability: $\gamma$.
+
+        Returns:
+            The norms before, `(B,)`, or a dict of them by group.
+
+        Raises:
+            NotReadyError: there was no backward since the last forward, or its gradients were not kept.
+            ArgumentError: a bound is no positive number, or a parameter is in no group.
+
+        Example:
+            >>> import torch, perex
+            >>> model = torch.nn.Linear(3, 1, bias=False)
+            >>> with perex.attach(model, param_grads=False) as px:
+            ...     px.backward(model(torch.tensor([[0.0, 3.0, 4.0], [0.6, 0.0, 0.0]])).squeeze(1))
+            >>> px.clip_(1.0), model.weight.grad
+            (tensor([5.0000, 0.6000]), tensor([[0.6000, 0.6000, 0.8000]]))
+
+        References:
+            Abadi et al., "Deep Learning with Differential Privacy", 2016; Bu et al., "Automatic Clipping", 2022.
+        """
+        gradients = self.gradients()
+        groups = groups_of(by, gradients.names)
+        bounds = bounds_of(max_norm, groups)
+        norms = norms_of(self.read(self._quantities[0], by="parameter"), groups)
+        weights: dict[str, Tensor] = {}
+        for group, names in groups.items():
+            bound, norm = bounds[group], norms[group]
+            own = normalized(norm, bound, stability) if normalize else clipped(norm, bound)
+            weights.update(dict.fromkeys(names, own))
+        self._put(gradients, weights)
+        return norms[""] if by is None else norms
+
+    def reweight_(self, weights: Tensor) -> None:
+        r"""Make `.grad` a weighted sum, $\sum_b w_b g_b$: importance weights, or a choice of examples. See `clip_`.
+
+        Args:
+            weights: `(B,)`; negative ones are weights too, and $1/B$ each gives the gradient of the mean.
+
+        Raises:
+            NotReadyError: there was no backward since the last forward, or its gradients were not kept.
+            ArgumentError: there is not one weight an example.
+
+        Example:
+            >>> import torch, perex
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> with perex.attach(model, param_grads=False) as px:
+            ...     px.backward(model(torch.tensor([[3.0], [5.0]])).squeeze(1))
+            >>> px.reweight_(torch.tensor([1.0, 10.0]))
+            >>> model.weight.grad
+            tensor([[53.]])
+        """
+        gradients = self.gradients()
+        if not isinstance(weights, Tensor) or weights.shape != (gradients.batch_size,):
+            what = f"a tensor {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+            raise ArgumentError(f"weights: expected one an example, ({gradients.batch_size},), got {what}")
+        self._put(gradients, weights)
+
+    def gradients(self) -> Gradients:
+        """The per-example gradients of the last backward, not multiplied out; they outlive the next forward.
+
+        Raises:
+            NotReadyError: there was no backward since the last forward, or its gradients were not kept.
+        """
+        result = self._result()
+        if not result.keep:
+            why = "nothing is kept with memory='none'" if self._memory is False else SPARED
+            raise NotReadyError(f"the per-example gradients of the last backward are not there any more: {why}")
+        self._backwards.asked()
+        with preferring(self._backwards.preferences):
+            found = result.kept(self._relation)
+        return Gradients({entry.name: totals for entry, totals in found.items()}, self.scale)
+
+    def _put(self, gradients: Gradients, weights: Tensor | Mapping[str, Tensor]) -> None:
+        """Make `.grad` what it was before the backward, plus a weighted sum."""
+        result = self._result()
+        entries = {entry.name: entry for entry in result.tracked()}
+        before = result.remember(entries.values())
+        for name, total in gradients.weighted_sums(weights):
+            gradients.put(name, entries[name].parameter, total, before[entries[name]])
 
     def report(self) -> Report:
         """How the norm of each use of a parameter in the latest forward was found, and what it cost; print it.
@@ -272,13 +312,22 @@ class Tracker:
             rows = rows_of(latest)
         return Report(rows, tracked, latest.batch, refused, shared_of(latest, names), forwards)
 
-    def _values(self, index: int) -> tuple[dict[Entry, Tensor], float]:
+    def _values(self, index: int) -> tuple[dict[Entry, Tensor], float | Tensor]:
         """One quantity of the last backward, and what gradients are to be multiplied by."""
+        result = self._result()
+        with preferring(self._backwards.preferences):
+            values, batch = result.values(index, self._relation)
+        scale = result.scale if result.scale is not None else float(batch if self._mean else 1)
+        return values, scale if result.scaled is None else scale / result.scaled.double()
+
+    def _result(self) -> Result:
+        """What the last backward brought, if it may be read."""
         result, latest = self._backwards.result, self._backwards.latest
         if latest is not None and not latest.uses and (result is None or latest.number > result.number):
-            result = Result(-1, self._quantities, True, latest.number)  # no tracked parameter was used: all is zero
+            result = Result(-1, self._quantities, True, latest.number, True)  # no parameter was used: all is zero
             result.share(latest)
             result.finish()
+            self._backwards.result = result
         if result is None:
             why = f"; {self._session.unseen}" if self._session.unseen else ""
             raise NotReadyError(f"nothing to read yet: run a forward and a backward of the attached model{why}")
@@ -288,17 +337,9 @@ class Tracker:
             raise result.error
         if not result.finished:
             raise NotReadyError("nothing to read: the last backward did not finish")
-        with preferring(self._backwards.preferences):
-            values, batch = result.values(index, self._relation)
-        scale = result.scale if result.scale is not None else float(batch if self._mean else 1)
-        return values, scale
+        return result
 
 
-def added_up(values: list[Tensor]) -> Tensor:
-    """The sum of `(B,)` tensors, on the first one's device."""
-    if len({(value.dtype, value.device) for value in values}) == 1:
-        return torch.stack(values).sum(0)
-    total, *others = values
-    for value in others:
-        total = total + value.to(total.device)
-    return total
+def times(value: Tensor, scale: float | Tensor) -> Tensor:
+    """A value times a number, from wherever that is."""
+    return value * (scale.to(value) if isinstance(scale, Tensor) else scale)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from perex.attaching import attach
 from perex.errors import PerexError
 from perex.report import Report
 from perex.rules.registry import MODULES, OPERATORS
-from perex.tracker import attach
 from perex.trial import Trial, close
 from perex.verification import Comparison, Verdict, Verification
 
@@ -109,7 +109,8 @@ def by_perex(trial: Trial) -> tuple[dict[str, Tensor], Report]:
     def own(name: str, parameter: nn.Parameter) -> bool:
         return any(parameter is one for one in trial.parameters.values())
 
-    with trial.run(), attach(trial.model, params=own, param_grads=False, batch_dim=trial.batch_dim, audit=False) as px:
+    px = attach(trial.model, params=own, param_grads=False, batch_dim=trial.batch_dim, audit=False, memory="none")
+    with trial.run(), px:
         px.backward(trial.compute(trial.model, trial.batch, trial.n))
         norms = px.norms(by="parameter")
         assert isinstance(norms, dict)

@@ -382,6 +382,90 @@ def assert_norms(px: Any, squares: dict[str, Tensor], what: Any = "", rtol: floa
             compare(found_squares[name].sqrt(), square, f"{by} {name!r}, squared")
 
 
+def close(actual: Tensor, expected: Tensor, what: str, rtol: float, size: Any = None) -> None:
+    """Equal but for rounding, relative to the largest number, or to `size`."""
+    size = expected if size is None else torch.as_tensor(size)
+    margin = rtol * max(1e-3, float(size.abs().max()) if size.numel() else 0.0)
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=margin, msg=lambda m: f"{what}\n{m}")
+
+
+def directions(rows: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """An irregular direction for each parameter."""
+    numbers = ((name, each[0], torch.arange(each[0].numel(), dtype=torch.float64)) for name, each in rows.items())
+    return {name: (one.real + 1.7 * n.reshape(one.shape)).cos().to(one.dtype) for name, one, n in numbers}
+
+
+def statistics(rows: dict[str, list[Tensor]]) -> list[perex.Quantity]:
+    """One of each further statistic."""
+    return [perex.Dots(directions(rows)), perex.Dots("grad"), perex.Gram(), perex.Grads(), perex.Projections(70, 3)]
+
+
+def flat(gradient: Tensor) -> Tensor:
+    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).flatten()
+
+
+def assert_statistics(px: Any, quantities: list, rows: dict[str, list[Tensor]], weight: float, what: Any, rtol: float):
+    """All further statistics against the loop's gradients; `weight` is that of each loss in the one run backward."""
+    dots, own, gram, grads, projections = quantities
+    along = directions(rows)
+    whole = torch.stack([torch.cat([flat(rows[name][b]) for name in rows]) for b in range(px.batch_size)])
+    direction = torch.cat([flat(along[name]) for name in rows])
+    norms, rtol = whole.norm(dim=1), max(rtol, 1e-9)
+    large = float(norms.max())
+    close(px.read(dots), whole @ direction, f"{what} dots", rtol, large * direction.norm())
+    close(px.read(own), whole @ whole.sum(0) * weight, f"{what} dots with .grad", rtol, large**2)
+    close(px.read(gram), whole @ whole.T, f"{what} Gram", rtol, large**2)
+    for quantity, vector in ((dots, direction), (own, whole.sum(0))):
+        sizes = norms * vector.norm()
+        if float(vector.norm()) > 1e-6 * large and large > 1e-6:
+            expected = torch.where(norms > 1e-6 * large, whole @ vector / sizes, quantity.cosines(px).double())
+            close(quantity.cosines(px), expected, f"{what} cosines", rtol * 1e3)
+    found = px.read(grads)
+    assert set(found) == set(rows)
+    for name, each in rows.items():
+        torch.testing.assert_close(
+            found[name], torch.stack(each), rtol=rtol, atol=rtol * max(large, 1e-3), check_dtype=False
+        )
+    expected = torch.zeros(px.batch_size, 70, dtype=torch.float64)
+    for name, each in rows.items():
+        m = each[0].shape[0] if each[0].dim() else 1
+        matrices = torch.stack([flat(g) for g in each]).reshape(len(each), m, flat(each[0]).numel() // max(m, 1))
+        left, right = (
+            projections.signs(f"{name}, {side}", n).double()
+            for side, n in (("rows", matrices.shape[1]), ("columns", matrices.shape[2]))
+        )
+        expected += torch.einsum("bmn,mk,nk->bk", matrices, left, right) / 70**0.5
+    close(px.read(projections), expected, f"{what} projections", rtol, large)
+
+
+def assert_clips(
+    px: Any, model: nn.Module, rows: dict[str, list[Tensor]], before: dict[str, Tensor | None], what: Any, rtol: float
+) -> None:
+    """`clip_` and `reweight_` leave in `.grad` what the loop's gradients say, on top of what was there before."""
+    rtol = max(rtol, 1e-9)
+    each = {name: torch.stack(gradients) for name, gradients in rows.items()}
+    squares = {name: g.abs().square().reshape(len(g), g[0].numel()).sum(1) for name, g in each.items()}
+    norms = torch.stack(list(squares.values())).sum(0).sqrt()
+    bound = max(float(norms.median()), 1e-3)
+    parameters = dict(model.named_parameters())
+
+    def held(weights: dict[str, Tensor], of: str) -> None:
+        for name, gradients in each.items():
+            expected = torch.tensordot(weights[name].to(gradients), gradients, 1)
+            expected = expected if before.get(name) is None else expected + before[name]
+            grad, largest = parameters[name].grad.to_dense(), float(norms.max()) if len(norms) else 0.0
+            same = torch.allclose(grad, expected, rtol=rtol, atol=rtol * max(1e-3, largest * len(gradients)))
+            assert same, f"{what} {of}: {name}.grad is {grad} instead of {expected}"
+
+    close(px.clip_(bound), norms, f"{what} norms of clip_", rtol)
+    held(dict.fromkeys(each, bound / norms.clamp(min=bound)), "clip_")
+    px.clip_(bound, by="parameter")
+    held({name: bound / square.sqrt().clamp(min=bound) for name, square in squares.items()}, "clip_ by parameter")
+    weights = torch.linspace(-1, 2, len(norms), dtype=torch.float64)
+    px.reweight_(weights)
+    held(dict.fromkeys(each, weights), "reweight_")
+
+
 def assert_adds_up(
     rows: dict[str, list[Tensor]], grads: dict[str, Tensor | None], batch_size: int, rtol: float
 ) -> None:
@@ -445,18 +529,25 @@ def check(
             for k, (name, p) in enumerate(subject.named_parameters()):
                 p.grad = torch.full_like(p, 7.0) if k % 2 else None
                 before[name] = p.grad
+        finite = all(bool(square.isfinite().all()) for square in squares.values())
+        quantities = statistics(grads) if way.call == "losses" and finite else []
         with no_trace(subject, versions):
             with perex.attach(
                 subject,
+                *quantities,
                 params=params,
                 loss_reduction=way.reduction,
                 batch_dim=batch_dim,
                 param_grads=way.param_grads,
+                memory="high",
             ) as px:
                 seen = run(subject, inputs, kwargs, loss, batch_size, way, px)
                 assert px.batch_size == batch_size, f"{way}: batch_size {px.batch_size}"
                 assert_norms(px, squares, way, rtol, atol)
             assert_norms(px, squares, f"{way} after detaching", rtol, atol)
+            if quantities:
+                weight = 1 / batch_size if way.reduction == "mean" else 1.0
+                assert_statistics(px, quantities, grads, weight, way, rtol)
 
         assert len(seen.output) == len(plain.output)
         same = assert_identical if way.param_grads else assert_rounded
@@ -472,6 +563,10 @@ def check(
             else:
                 assert g is before[name], f"{way} {name}.grad was replaced"
                 assert g is None or bool((g == 7).all()), f"{way} {name}.grad was written to"
+        if finite:
+            assert_clips(
+                px, subject, grads, {name: None if g is None else g.clone() for name, g in before.items()}, way, rtol
+            )
     return squares
 
 

@@ -102,6 +102,8 @@ def test_a_wrong_answer_of_a_rule_is_an_error(answer, message):
 class SumOfGradients(perex.Quantity):
     """A statistic of a user: the sum of all entries of each example's gradient."""
 
+    degree = 1
+
     def reduce(self, name: str, gradient: perex.factors.Total) -> Tensor:
         return gradient.dense(0, gradient.batch).flatten(1).sum(1)
 
@@ -113,7 +115,7 @@ def test_a_quantity_of_a_user_sees_every_layer():
     quantity = SumOfGradients()
     with perex.attach(subject, quantity, loss_reduction="sum") as px:
         subject(x).sin().sum().backward()
-    found = px.read(quantity)
+    found = px.read(quantity, by="parameter")
     names = [name for name, p in subject.named_parameters() if p.requires_grad]
     assert list(found) == names
     for b in range(5):

@@ -122,7 +122,7 @@ def test_the_examples_in_docstrings_hold(name: str) -> None:
 
 def test_what_users_call_has_an_example() -> None:
     named = {test.name for name in MODULES for test in doctests(importlib.import_module(name))}
-    assert {"perex.tracker.attach", "perex.scoring.score.score", "perex.rules.registry.module_rule"} <= named
+    assert {"perex.attaching.attach", "perex.scoring.score.score", "perex.rules.registry.module_rule"} <= named
 
 
 def test_the_speed_table_of_the_readme_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:

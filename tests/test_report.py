@@ -230,7 +230,7 @@ def test_a_factor_of_a_user_s_own_is_shown() -> None:
 
 def test_nothing_of_a_step_is_kept_but_names_and_shapes() -> None:
     model = mlp()
-    with perex.attach(model) as px:
+    with perex.attach(model, memory="none") as px:
         x = torch.randn(8, 20)
         activation = weakref.ref(x.relu())
         loss = model(x * 1).sum(1).mean()

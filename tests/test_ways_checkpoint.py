@@ -162,7 +162,7 @@ def held(model: nn.Module, x: Tensor, attached: bool, param_grads: bool) -> int:
     gc.collect()  # what others left in cycles must not be freed, and so counted, while we measure
     gc.disable()
     try:
-        with perex.attach(model, param_grads=param_grads) if attached else nullcontext():
+        with perex.attach(model, param_grads=param_grads, memory="none") if attached else nullcontext():
             for _ in range(2):  # the first batch is looked at more closely
                 with torch.profiler.profile(profile_memory=True) as profile:
                     out = model(x)

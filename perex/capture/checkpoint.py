@@ -44,6 +44,11 @@ def run_recomputation_in(context: Callable[[tuple[Any, ...]], AbstractContextMan
     return any(type(mode).__name__ == SELECTIVE for mode in _get_current_dispatch_mode_stack())
 
 
+def sparing() -> bool:
+    """Whether what is saved for the backward is not simply held: recomputed, or moved elsewhere."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def enclosed(function: Any, name: str) -> Any:
     """A variable in a function's closure, or None; other variables there may have no value."""
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))

@@ -92,6 +92,7 @@ class Forward:
         asks: what only a backward of each example's loss can tell, if there is such a thing.
         shapes: tells inputs of one kind from others.
         half: whether a tap is behind an operator in half precision of five bits of exponent, `torch.float16`.
+        sparing: whether something spares memory by not holding what is saved for the backward.
         once: whether its graph can be run backward once only.
         changed: whether such a hook has changed a gradient.
         functions: nodes of the user's autograd functions that operators have met, while examples are recorded.
@@ -114,6 +115,7 @@ class Forward:
         self.doubt: str | None = None
         self.strength = 0
         self.half = False
+        self.sparing = False
         self.once = False
         self.changed = False
         self.functions: list[Any] = []

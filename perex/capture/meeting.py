@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from perex.capture.axis import Axis, Held, Label, Lost, Single
 from perex.capture.carry import tensors_in
-from perex.capture.checkpoint import run_recomputation_in
+from perex.capture.checkpoint import run_recomputation_in, sparing
 from perex.capture.forward import Forward
 from perex.capture.labels import Labels
 from perex.capture.memo import Known
@@ -193,6 +193,7 @@ class Meeting:
             self.forward.record.met(call, tensors_in(out) or list(out), out_axes)
         number(call, self.forward.batch)
         self.forward.entered(call)
+        self.forward.sparing |= sparing()
         self.forward.once |= run_recomputation_in(self.recomputing)
         produced: list[Tensor] = []
         template = pack(out, produced)

@@ -115,7 +115,7 @@ class Factor(ABC):
         for i, j in self.blocks():
             gradients = self.dense(i, j)
             total = total + torch.tensordot(weights[i:j].to(gradients), gradients, 1)
-        return total  # type: ignore[no-any-return]
+        return total
 
     def along(self, direction: Tensor) -> Tensor:
         r"""$\langle G_b, V \rangle$ with one tensor $V$; the real part, for complex parameters.
@@ -159,14 +159,17 @@ class Factor(ABC):
 
         Args:
             rows: $a_k$ as columns, `(m, K)`, with m the parameter's first dimension.
-            columns: $b_k$ as columns, `(n, K)`, with n the product of its other dimensions.
+            columns: $b_k$ as columns, `(n, K)`, with n the product of its other dimensions; twice that for complex
+                parameters, of which real and imaginary parts are two columns.
 
         Returns:
             Tensor `(B, K)`.
         """
         parts = []
         for i, j in self.blocks():
-            matrices = self.dense(i, j).reshape(j - i, len(rows), len(columns))
+            gradients = self.dense(i, j)
+            gradients = torch.view_as_real(gradients) if gradients.is_complex() else gradients
+            matrices = gradients.reshape(j - i, len(rows), len(columns))
             parts.append(((matrices @ columns.to(matrices)) * rows.to(matrices)).sum(1))
         return torch.cat(parts)
 

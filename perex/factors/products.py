@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -127,7 +128,8 @@ def table(first: Factor, second: Factor, elements: int, form: Callable[[slice, s
 @product(Dense, Dense, PAIRS)
 def dense_dense_pairs(first: Dense, second: Dense) -> Tensor:
     """One matrix product."""
-    return (first.values.flatten(1) @ second.values.flatten(1).mH).real
+    one, two = (factor.values.reshape(factor.batch, math.prod(factor.shape)) for factor in (first, second))
+    return (one @ two.mH).real
 
 
 @product(Dense, Outer, PAIRS)

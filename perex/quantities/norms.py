@@ -11,6 +11,8 @@ from perex.quantities.base import Quantity
 class SquaredNorms(Quantity):
     r"""$\|\partial \ell_b / \partial \theta\|^2$ of each parameter."""
 
+    degree = 2
+
     def reduce(self, name: str, gradient: Total) -> Tensor:
         """See `Quantity.reduce`."""
         return gradient.squared_norm()

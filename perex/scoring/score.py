@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perex.attaching import attach
 from perex.errors import LossError
 from perex.scoring.data import open_pool
 from perex.scoring.errors import ScoringError
@@ -20,7 +21,6 @@ from perex.scoring.losses import PerExampleLosses
 from perex.scoring.nest import tensors, to_device
 from perex.scoring.scores import Scores, writer
 from perex.scoring.state import Mode, frozen, prepared
-from perex.tracker import attach
 
 Step = Callable[[nn.Module, Any], Tensor]
 Compute = Callable[[nn.Module, Any, int | None], Tensor]  # model, batch and B if known, to losses (B,)
@@ -115,7 +115,7 @@ def score(
         torch.enable_grad(),
         prepared(model, mode, home if device is not None else None),
         frozen(loss_fn),
-        attach(model, params=params, param_grads=False, audit=audit) as px,
+        attach(model, params=params, param_grads=False, audit=audit, memory="none") as px,
         _bar(progress, pool.size) as advance,
     ):
         for positions, batch in pool.batches:
