@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,8 @@ class Backwards:
         self.losses: int | None = None
         self.scale: float | None = None
         self.probe: Probe | None = None
-        self.looking = False  # whether the running backward is for the probe alone
+        self.looking = False  # whether the running backward is for the probe alone, or none of perex's business
+        self.after: list[Callable[[], None]] = []  # what to do when a backward is over
 
     def began(self, forward: Forward) -> None:
         """A forward begins."""
@@ -295,7 +297,7 @@ class Backwards:
         if result.keep and self.param_grads:
             result.remember(entry for entry in self.session.parameters if entry.tracked)
         self.result = result
-        torch.autograd.Variable._execution_engine.queue_callback(result.finish)
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self.over, result))
         self.pending = []
         self.session.consumed = True
         self.session.outputs.edges = []
@@ -309,6 +311,12 @@ class Backwards:
                     )
                 )
         return result
+
+    def over(self, result: Result) -> None:
+        """A backward has come to its end."""
+        result.finish()
+        for action in self.after:
+            action()
 
     def scaling(self) -> Tensor | None:
         """What the loss of the running backward was multiplied by, as the scaler has it now; it waits for no device."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perex.capture.sharding import is_shard
-from perex.errors import ArgumentError, NotReadyError, UnsupportedError
+from perex.errors import ArgumentError, NotReadyError
 from perex.factors import Total
 from perex.quantities.base import added_up
 
@@ -62,6 +62,8 @@ class Gradients:
 
     def shares_memory(self, name: str, tensor: Tensor) -> bool:
         """Whether a parameter's gradients are made of a tensor, as an only example's may be of its `.grad`."""
+        if is_shard(tensor):
+            return False
         pointer = tensor.untyped_storage().data_ptr()
         return any(t.untyped_storage().data_ptr() == pointer for kept in self._groups[name] for t, _ in kept.stamps)
 
@@ -87,6 +89,12 @@ class Gradients:
             parts = own.split([total.batch for total in totals])
             yield name, added_up(total.weighted_sum(part) for total, part in zip(totals, parts, strict=True))
 
+    def materialized(self) -> Iterator[tuple[str, Tensor]]:
+        """$g_b$ of each parameter, `(B, *shape)`, one parameter after the other."""
+        for name in self.names:
+            dense = torch.cat([total.dense(0, total.batch) for total in self.totals(name)])
+            yield name, dense * (self.scale.to(dense) if isinstance(self.scale, Tensor) else self.scale)
+
     def gram(self, other: Gradients | None = None) -> Tensor:
         r"""$\langle g_b, h_c \rangle$ for all pairs of examples, of this and another backward of the same model.
 
@@ -109,10 +117,7 @@ class Gradients:
     def put(self, name: str, parameter: nn.Parameter, total: Tensor, before: Tensor | None) -> None:
         """Make a parameter's `.grad` a weighted sum, plus what it was before; a tensor that is there is written to."""
         if is_shard(parameter):
-            raise UnsupportedError(
-                f"parameter '{name}' is a shard (DTensor), and its .grad one of a sum over all processes, which is not "
-                "made here: perex.privacy.PrivacyEngine does that for private training"
-            )
+            total = over_processes(parameter, total)
         total = total.to(parameter.dtype) if before is None else before + total.to(parameter.dtype)
         grad = parameter.grad
         if grad is None or grad.layout != torch.strided or self.shares_memory(name, grad):
@@ -120,6 +125,14 @@ class Gradients:
         else:
             with torch.no_grad():
                 grad.copy_(total)
+
+
+def over_processes(parameter: Any, total: Tensor) -> Tensor:
+    """The sum of all processes' tensors, each keeping what it has of a sharded parameter."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = parameter.device_mesh
+    return DTensor.from_local(total, mesh, [Partial()] * mesh.ndim).redistribute(mesh, parameter.placements)
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -180,6 +180,7 @@ class Tracker:
         by: Groups = None,
         normalize: bool = False,
         stability: float = 0.01,
+        scale: float | Tensor = 1.0,
     ) -> Tensor | dict[str, Tensor]:
         r"""Make `.grad` the sum of clipped gradients, $\sum_b \min(1, C / \|g_b\|) \, g_b$.
 
@@ -195,6 +196,7 @@ class Tracker:
             normalize: divide by the norm always, $C / (\|g_b\| + \gamma)$, so that the bound no longer decides how many
                 examples count in full: automatic clipping.
             stability: $\gamma$.
+            scale: what the sum is multiplied by, such as 1/B for a mean.
 
         Returns:
             The norms before, `(B,)`, or a dict of them by group.
@@ -222,7 +224,7 @@ class Tracker:
         for group, names in groups.items():
             bound, norm = bounds[group], norms[group]
             own = normalized(norm, bound, stability) if normalize else clipped(norm, bound)
-            weights.update(dict.fromkeys(names, own))
+            weights.update(dict.fromkeys(names, times(own, scale)))
         self._put(gradients, weights)
         return norms[""] if by is None else norms
 
@@ -265,6 +267,18 @@ class Tracker:
         with preferring(self._backwards.preferences):
             found = result.kept(self._relation)
         return Gradients({entry.name: totals for entry, totals in found.items()}, self.scale)
+
+    def pause(self) -> None:
+        """Do not look at backwards, until `resume`: what is there to read stays."""
+        self._backwards.looking = True
+
+    def resume(self) -> None:
+        """Look at backwards again."""
+        self._backwards.looking = False
+
+    def after_backward(self, action: Callable[[], None]) -> None:
+        """Have a function called at the end of each backward, when its result can be read."""
+        self._backwards.after.append(action)
 
     def _put(self, gradients: Gradients, weights: Tensor | Mapping[str, Tensor]) -> None:
         """Make `.grad` what it was before the backward, plus a weighted sum."""

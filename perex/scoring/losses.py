@@ -30,6 +30,8 @@ class PerExampleLosses:
 
     Args:
         loss_fn: a criterion `(output, target) -> Tensor`.
+        flattened: whether tensors may hold several rows for each example, one example's after the other's, as token
+            scores do after `.view(-1, V)`: these are all handed over for it then. What is no tensor is handed on.
 
     Example:
         >>> losses = PerExampleLosses(torch.nn.MSELoss())
@@ -37,8 +39,9 @@ class PerExampleLosses:
         tensor([1., 2., 0.])
     """
 
-    def __init__(self, loss_fn: Callable[[Any, Any], Tensor]) -> None:
+    def __init__(self, loss_fn: Callable[[Any, Any], Tensor], flattened: bool = False) -> None:
         self.loss_fn = loss_fn
+        self.flattened = flattened
         self.at_once: bool | None = None  # not known before the first batch
 
     def __call__(self, output: Any, target: Any, batch_size: int) -> Tensor:
@@ -57,13 +60,16 @@ class PerExampleLosses:
                 of them that has no row for each example.
             LossError: the criterion does not return one number for one example.
         """
-        rows = _rows("model output", output, batch_size), _rows("target", target, batch_size)
+        found = [*self._rows("model output", output, batch_size), *self._rows("target", target, batch_size)]
+        if batch_size == 0:
+            return next(tensor for tensor in found if tensor.is_floating_point()).flatten(1).sum(1)
+        several = [len(tensor) != batch_size for tensor in found]
+        flat = [t.reshape(batch_size, -1, *t.shape[1:]) if s else t for t, s in zip(found, several, strict=True)]
 
         def alone(*rows_of_one: Tensor) -> Tensor:
-            batches_of_one = iter(row.unsqueeze(0) for row in rows_of_one)
-            return self._one_number(*(_fill(tree, batch_size, batches_of_one) for tree in (output, target)))
-
-        flat = [*rows[0], *rows[1]]
+            pairs = zip(rows_of_one, several, strict=True)
+            batches_of_one = iter(row if own else row.unsqueeze(0) for row, own in pairs)
+            return self._one_number(*(self._fill(tree, batch_size, batches_of_one) for tree in (output, target)))
 
         def one_by_one(count: int) -> Tensor:
             return torch.stack([alone(*(rows_of[b] for rows_of in flat)) for b in range(count)])
@@ -90,6 +96,33 @@ class PerExampleLosses:
             )
         return loss.sum()
 
+    def _is_per_example(self, leaf: Any, batch_size: int) -> bool:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            return False
+        several = self.flattened and batch_size > 0 and len(leaf) > batch_size and len(leaf) % batch_size == 0
+        return len(leaf) == batch_size or several
+
+    def _rows(self, name: str, tree: Any, batch_size: int) -> list[Tensor]:
+        """List the tensors in `tree` that have a row for each example; refuse if there is none."""
+        found = [leaf for leaf in leaves(tree) if self._is_per_example(leaf, batch_size)]
+        if not found and any(leaf is not None for leaf in leaves(tree)) and not self.flattened:
+            raise ScoringError(f"the {name} is {_describe(tree)}, but the batch has {batch_size} examples; {ADVICE}")
+        return found
+
+    def _fill(self, tree: Any, batch_size: int, batches_of_one: Any) -> Any:
+        """Replace each tensor of `_rows(tree)` by the next of `batches_of_one`, and bar the use of all else."""
+
+        def change(leaf: Any) -> Any:
+            if leaf is None or self.flattened and not isinstance(leaf, Tensor):
+                return leaf
+            if self._is_per_example(leaf, batch_size):
+                return next(batches_of_one)
+            barred = torch.empty(0).as_subclass(_NotPerExample)
+            barred.__dict__["what"] = _describe(leaf)
+            return barred
+
+        return map_leaves(change, tree)
+
 
 class _NotPerExample(Tensor):
     """Stands in for a part of the output or target without a row for each example: any use is refused."""
@@ -100,33 +133,6 @@ class _NotPerExample(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         what = next(arg.__dict__["what"] for arg in leaves((args, kwargs or {})) if isinstance(arg, cls))
         raise ScoringError(f"loss_fn uses {what}, which has no row for each example; {ADVICE}")
-
-
-def _is_per_example(leaf: Any, batch_size: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch_size
-
-
-def _rows(name: str, tree: Any, batch_size: int) -> list[Tensor]:
-    """List the tensors in `tree` that have a row for each example; refuse if there is none."""
-    found = [leaf for leaf in leaves(tree) if _is_per_example(leaf, batch_size)]
-    if not found and any(leaf is not None for leaf in leaves(tree)):
-        raise ScoringError(f"the {name} is {_describe(tree)}, but the batch has {batch_size} examples; {ADVICE}")
-    return found
-
-
-def _fill(tree: Any, batch_size: int, batches_of_one: Any) -> Any:
-    """Replace each tensor of `_rows(tree)` by the next of `batches_of_one`, and bar the use of all else."""
-
-    def change(leaf: Any) -> Any:
-        if leaf is None:
-            return None
-        if _is_per_example(leaf, batch_size):
-            return next(batches_of_one)
-        barred = torch.empty(0).as_subclass(_NotPerExample)
-        barred.__dict__["what"] = _describe(leaf)
-        return barred
-
-    return map_leaves(change, tree)
 
 
 def _describe(leaf: Any) -> str:

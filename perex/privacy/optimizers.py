@@ -1,0 +1,105 @@
+"""Opacus's optimizers, and a look at what they are about to use: only what a private backward has made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from opacus.optimizers import (
+    DistributedDPOptimizerFastGradientClipping,
+    DPOptimizerFastGradientClipping,
+    FSDPOptimizerFastGradientClipping,
+)
+from torch import Tensor, nn
+
+from perex.privacy.errors import PrivacyError
+
+NOT_PRIVATE = (
+    "optimizer.step(): there was no private backward since the last step, so there is nothing to step along. Use the "
+    "criterion that make_private returned, and call backward on its loss"
+)
+
+
+class PrivateSteps:
+    """What all private optimizers do beside adding noise, which Opacus does: refuse gradients that are not private.
+
+    Clipped sums are written to `.grad` by a private backward, which tells `wrote`. Whatever else writes there (another
+    loss, a use of a parameter outside the model, clipping of the whole batch's gradient) is noticed before the step.
+    """
+
+    params: list[nn.Parameter]
+    original_optimizer: Any
+    _written: dict[nn.Parameter, tuple[Tensor, int]]
+    _ready = False
+    scaled = False
+    """Whether a `GradScaler` divides gradients in place, between the backward and the step."""
+
+    def foreign(self) -> Iterator[nn.Parameter]:
+        """The parameters that have a gradient which no private backward made."""
+        written = vars(self).setdefault("_written", {})
+        for parameter in self.params:
+            grad = parameter.grad
+            if grad is None:
+                continue
+            known, version = written.get(parameter, (None, -1))
+            if known is grad and (grad._version == version or self.scaled and self._ready):
+                continue
+            if bool((grad != 0).any()):
+                yield parameter
+
+    def expect_none(self, what: str) -> None:
+        """Raise if a gradient is there that was not clipped one by one."""
+        found = next(self.foreign(), None)
+        if found is not None:
+            raise PrivacyError(
+                f"{what}: a parameter of shape {tuple(found.shape)} has a gradient that no private backward made, or "
+                "that was changed since. Call optimizer.zero_grad() after each step, run only the private criterion's "
+                "loss backward, and leave `.grad` alone"
+            )
+
+    def wrote(self) -> None:
+        """Take up that a private backward has added to `.grad`."""
+        self._ready = True
+        self.remember()
+
+    def remember(self) -> None:
+        """What is in `.grad` now is private."""
+        self._written = {p: (p.grad, p.grad._version) for p in self.params if p.grad is not None}
+
+    def pre_step(self, closure: Any = None) -> Any:
+        """Check, then add noise and scale as Opacus does; whether a step is to be taken."""
+        if not self._ready:
+            raise PrivacyError(NOT_PRIVATE)
+        self.expect_none("optimizer.step()")
+        self._ready = False
+        kept = {id(parameter) for parameter in self.params}
+        for group in self.original_optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in kept:  # frozen since the backward: it gets no noise, so it takes no step
+                    parameter.grad = None
+        for parameter in self.params:
+            if not hasattr(parameter, "summed_grad"):  # unfrozen since the optimizer was made
+                parameter.summed_grad = None  # type: ignore[attr-defined]
+        stepped = super().pre_step()  # type: ignore[misc]
+        if not stepped:  # this physical batch is in `summed_grad` now, and must not be added again
+            for parameter in self.params:
+                parameter.grad = None
+        return stepped
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and the sum of clipped ones unless the logical batch goes on."""
+        super().zero_grad(set_to_none)  # type: ignore[misc]
+        self._ready = False
+        self.remember()
+
+
+class PrivateOptimizer(PrivateSteps, DPOptimizerFastGradientClipping):
+    """In one process."""
+
+
+class DistributedPrivateOptimizer(PrivateSteps, DistributedDPOptimizerFastGradientClipping):
+    """In several, each with a copy of the parameters: one adds the noise, and gradients are summed."""
+
+
+class ShardedPrivateOptimizer(PrivateSteps, FSDPOptimizerFastGradientClipping):
+    """In several, each with a shard of the parameters."""
