@@ -25,7 +25,7 @@ _private: weakref.WeakKeyDictionary[nn.Module, PrivateBackward] = weakref.WeakKe
 """What watches each model that was made private."""
 
 
-class PrivacyEngine(opacus.PrivacyEngine):  # type: ignore[misc]
+class PrivacyEngine(opacus.PrivacyEngine):
     r"""Train with differential privacy: `opacus.PrivacyEngine`, for any model and in one backward a step.
 
     Each example's gradient is clipped to the bound C, the clipped ones are added up, Gaussian noise of standard

@@ -70,11 +70,11 @@ class PrivateLoss(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 out = func(*args, **(kwargs or {}))
             return out.as_subclass(Tensor) if isinstance(out, PrivateLoss) else out
-        one = next(arg for arg in args if isinstance(arg, PrivateLoss))
+        one, *others = (arg for arg in args if isinstance(arg, PrivateLoss))
         parts = []
         for arg in args:
             if isinstance(arg, PrivateLoss):
-                if known in (operator.mul, operator.truediv) and arg is not one or arg._run != one._run:
+                if known in (operator.mul, operator.truediv) and others or arg._run != one._run:
                     raise PrivacyError("loss: the product of two losses, or a sum of two models', is no private loss")
                 if len(arg.losses) != len(one.losses):
                     raise PrivacyError(f"loss: of {len(one.losses)} and of {len(arg.losses)} examples do not add up")
@@ -105,6 +105,9 @@ class PrivateLoss(Tensor):
     def detach(self) -> Tensor:
         """The number alone."""
         return self.as_subclass(Tensor)
+
+    def __format__(self, form: str) -> str:
+        return format(self.detach(), form)
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.as_subclass(Tensor).clone()
