@@ -295,7 +295,8 @@ class Backwards:
         result.room = ROOM if self.keep is None else math.inf
         result.scaled = self.scaling()
         if result.keep and self.param_grads:
-            result.remember(entry for entry in self.session.parameters if entry.tracked)
+            parameters = self.session.parameters
+            result.remember(parameters.holders(entry for entry in parameters if entry.tracked))
         self.result = result
         torch.autograd.Variable._execution_engine.queue_callback(partial(self.over, result))
         self.pending = []

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perex.capture.forward import Forward
 from perex.capture.parameters import Entry
@@ -64,7 +64,7 @@ class Result:
         self.scaled: Tensor | None = None
         self.error: PerexError | None = None
         self.finished = False
-        self.before: dict[Entry, Tensor | None] | None = None
+        self.before: dict[str, Tensor | None] | None = None
         """What `.grad` of each tracked parameter was, before it is changed."""
 
     def share(self, forward: Forward) -> Share:
@@ -108,11 +108,11 @@ class Result:
                 if self.room < 0:
                     self.release()
 
-    def remember(self, entries: Iterable[Entry]) -> dict[Entry, Tensor | None]:
-        """What `.grad` of some parameters was when this was called first."""
+    def remember(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
+        """What `.grad` of some parameters was when this was called first, by name."""
         if self.before is None:
-            grads = {entry: entry.parameter.grad for entry in entries}
-            self.before = {entry: None if grad is None else grad.clone() for entry, grad in grads.items()}
+            grads = {name: parameter.grad for name, parameter in parameters.items()}
+            self.before = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
         return self.before
 
     def release(self) -> None:

@@ -283,10 +283,10 @@ class Tracker:
     def _put(self, gradients: Gradients, weights: Tensor | Mapping[str, Tensor]) -> None:
         """Make `.grad` what it was before the backward, plus a weighted sum."""
         result = self._result()
-        entries = {entry.name: entry for entry in result.tracked()}
-        before = result.remember(entries.values())
+        parameters = self._session.parameters.holders(result.tracked())
+        before = result.remember(parameters)
         for name, total in gradients.weighted_sums(weights):
-            gradients.put(name, entries[name].parameter, total, before[entries[name]])
+            gradients.put(name, parameters[name], total, before[name])
 
     def report(self) -> Report:
         """How the norm of each use of a parameter in the latest forward was found, and what it cost; print it.

@@ -176,6 +176,11 @@ class Parameters:
             if entry.handle is None and entry.tracked:
                 entry.handle = self.watch(entry)
 
+    def holders(self, entries: Iterable[Entry]) -> dict[str, nn.Parameter]:
+        """The parameters that have a `.grad`, by name: the shards of sharded ones, whichever is in its module now."""
+        shards = {e.name: e.parameter for e in self.entries.values() if is_shard(e.parameter)} if self.sharded else {}
+        return {entry.name: shards.get(entry.name, entry.parameter) for entry in entries}
+
     def begin(self) -> None:
         """A forward begins: look at the parameters afresh.
 

@@ -147,12 +147,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
     ) -> PrivateBackward:
         self.validate(module=module)
         self.detach(module)
-        owned = self._owned
+        # by name: what a sharded module holds is another tensor while it runs
+        names = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in self._owned}
         controller = PrivateBackward(
             module,
             loss_reduction=loss_reduction,
             batch_first=batch_first,
-            params=lambda name, parameter: id(parameter) in owned,
+            params=lambda name, parameter: name in names,
             grad_scaler=self.grad_scaler,
         )
         _private[module] = controller
