@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -264,3 +265,37 @@ def test_a_batch_of_one_has_no_noise_to_see():
     for decay in (1.0, -0.1):
         with pytest.raises(perex.PerexError, match="decay="):
             perex.NoiseScale(decay)
+
+
+# Pools
+
+
+def test_statistics_of_a_pool(tmp_path):
+    """Streamed in batches of four, the last one smaller; read back from files."""
+    torch.manual_seed(3)
+    model, x, y = net().float(), torch.randn(10, 4), torch.randint(3, (10,))
+    parameters = dict(model.named_parameters())
+    rows = [
+        torch.autograd.grad(nn.functional.cross_entropy(model(x[b : b + 1]), y[b : b + 1]), list(parameters.values()))
+        for b in range(10)
+    ]
+    whole = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+    vector = torch.cat([d.flatten() for d in direction.values()])
+    noise, projections = perex.NoiseScale(decay=0.0), perex.Projections(5)
+    quantities = {"val": perex.Dots(direction), "p": projections, "g": perex.Grads("2.bias"), "noise": noise}
+    options = {"batch_size": 4, "progress": False, "quantities": quantities}
+    scores = perex.score(model, (x, y), nn.CrossEntropyLoss(), out=tmp_path / "s.npz", **options)
+    torch.testing.assert_close(scores.extra["val"], whole @ vector)
+    torch.testing.assert_close(scores.extra["val/cosine"], whole @ vector / whole.norm(dim=1) / vector.norm())
+    torch.testing.assert_close(scores.extra["g/2.bias"], torch.stack([row[3] for row in rows]))
+    assert scores.extra["p"].shape == (10, 5) and noise.value() > 0
+    assert list(scores.columns())[3:6] == ["val", "val/cosine", "p/0"] and "noise" not in scores.extra
+    best = scores.top(3, by="val/cosine")
+    assert torch.equal(best.extra["p"], scores.extra["p"][best.ids])
+    saved = np.load(tmp_path / "s.npz")
+    assert saved["p"].shape == (10, 5) and saved["val"].tolist() == scores.extra["val"].tolist()
+    scores.to_csv(tmp_path / "s.csv")
+    assert (tmp_path / "s.csv").read_text().startswith("id,loss,norm,val,val/cosine,p/0,p/1")
+    with pytest.raises(perex.PerexError, match="Gram: a pool goes by in batches"):
+        perex.score(model, (x, y), nn.CrossEntropyLoss(), quantities={"k": perex.Gram()}, progress=False)

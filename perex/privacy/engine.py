@@ -50,7 +50,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         >>> from perex.privacy import PrivacyEngine
         >>> data = TensorDataset(torch.randn(64, 5), torch.randint(3, (64,)))
         >>> model = torch.nn.Linear(5, 3)
-        >>> engine = PrivacyEngine(accountant="rdp")
+        >>> with warnings.catch_warnings(action="ignore"):  # Opacus warns that its generator is not for production
+        ...     engine = PrivacyEngine(accountant="rdp")
         >>> model, optimizer, criterion, loader = engine.make_private(
         ...     module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=DataLoader(data, 8),
         ...     criterion=torch.nn.CrossEntropyLoss(), noise_multiplier=1.0, max_grad_norm=1.0)
@@ -59,7 +60,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         ...     criterion(model(x), y).backward()
         ...     optimizer.step()
         >>> round(engine.get_epsilon(delta=1e-3), 1)
-        4.4
+        2.4
 
     References:
         Abadi et al., "Deep Learning with Differential Privacy", 2016; Yousefpour et al., "Opacus", 2021.

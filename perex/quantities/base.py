@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from perex.errors import ArgumentError, AttachError
 from perex.factors import Total
+
+if TYPE_CHECKING:
+    from perex.tracker import Tracker
 
 By = Literal["parameter", "module"]
 T = TypeVar("T")
@@ -49,6 +52,17 @@ class Quantity(ABC):
         """
         if not isinstance(getattr(self, "degree", None), int):
             raise AttachError(f"{type(self).__name__}: a quantity says its `degree`: 1, 2 or 0; see perex.Quantity")
+
+    def columns(self, px: Tracker) -> dict[str, Tensor]:
+        """What `perex.score` keeps of it for each example of a batch.
+
+        Args:
+            px: the tracker that this quantity was given to, after a backward.
+
+        Returns:
+            Tensors `(B, ...)`; the key is what follows the quantity's name in the name of the column, if anything.
+        """
+        return {"": px.read(self)}
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Values of further examples, from several forwards before one backward, as those of one batch."""

@@ -82,6 +82,12 @@ class Dots(Quantity):
         direction = self.direction(name)
         return gradient.squared_norm().zero_() if direction is None else gradient.along(direction.detach())
 
+    def columns(self, px: Tracker) -> dict[str, Tensor]:
+        """See `Quantity.columns`: the inner products, and the cosines beside them."""
+        cosines = self.cosines(px)
+        assert isinstance(cosines, Tensor)
+        return {"": px.read(self), "cosine": cosines}
+
     def cosines(self, px: Tracker, by: By | None = None) -> Tensor | dict[str, Tensor]:
         r"""$\langle g_b, V \rangle / (\|g_b\| \|V\|)$ of the last backward, over the tracked parameters.
 

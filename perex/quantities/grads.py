@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from perex.errors import AttachError
 from perex.factors import Total
 from perex.quantities.base import Quantity
+
+if TYPE_CHECKING:
+    from perex.tracker import Tracker
 
 
 class Grads(Quantity):
@@ -50,3 +54,8 @@ class Grads(Quantity):
     def combined(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """They are of different shapes, so a dict of them."""
         return dict(values)
+
+    def columns(self, px: Tracker) -> dict[str, Tensor]:
+        """See `Quantity.columns`: one for each parameter."""
+        found: dict[str, Tensor] = px.read(self)
+        return found

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from perex.errors import NotReadyError
+from perex.errors import ArgumentError, NotReadyError
 from perex.factors import Total
 from perex.quantities.base import Quantity
+
+if TYPE_CHECKING:
+    from perex.tracker import Tracker
 
 
 class Gram(Quantity):
@@ -31,6 +35,13 @@ class Gram(Quantity):
     def reduce(self, name: str, gradient: Total) -> Tensor:
         """See `Quantity.reduce`: `(B, B)`."""
         return gradient.pairs(gradient)
+
+    def columns(self, px: Tracker) -> dict[str, Tensor]:
+        """Pairs of examples of two batches of a pool are not met."""
+        raise ArgumentError(
+            "Gram: a pool goes by in batches, and pairs of examples of two of them are not met. Score the pool with "
+            "perex.Projections: their inner products estimate all of it"
+        )
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Pairs of examples of two forwards were never met."""

@@ -95,6 +95,11 @@ class NoiseScale(Quantity):
             before = self.averages.get(name, torch.zeros_like(estimate))
             self.averages[name] = self.decay * before + (1 - self.decay) * estimate
 
+    def columns(self, px: Tracker) -> dict[str, Tensor]:
+        """See `Quantity.columns`: it has none, but takes up each batch, so that its value is the pool's."""
+        self.update(px)
+        return {}
+
     def parts(self, by: By | None = None) -> Any:
         r"""The moving averages of numerator and denominator, $(\mathrm{tr}\,\Sigma, \|\bar g\|^2)$.
 

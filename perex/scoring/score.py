@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from itertools import chain
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from perex.attaching import attach
 from perex.errors import LossError
+from perex.quantities import Quantity
 from perex.scoring.data import open_pool
 from perex.scoring.errors import ScoringError
 from perex.scoring.losses import PerExampleLosses
 from perex.scoring.nest import tensors, to_device
 from perex.scoring.scores import Scores, writer
 from perex.scoring.state import Mode, frozen, prepared
+from perex.tracker import Tracker
 
 Step = Callable[[nn.Module, Any], Tensor]
 Compute = Callable[[nn.Module, Any, int | None], Tensor]  # model, batch and B if known, to losses (B,)
@@ -34,6 +36,7 @@ def score(
     ids: Sequence[Any] | np.ndarray | Tensor | None = None,
     params: Any = None,
     by: Literal["module", "parameter"] | None = None,
+    quantities: Mapping[str, Quantity] | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
@@ -64,6 +67,9 @@ def score(
         ids: one whole number or string for each example of the data; None for 0 to N-1.
         params: which parameters to track, as in `attach`; None for all that require grad.
         by: `"module"` or `"parameter"` to keep the norm of each one's gradient too, in `Scores.parts`.
+        quantities: further statistics to keep of each example, by the name of their column: `{"val": perex.Dots(g)}`
+            gives `Scores.extra["val"]` and its cosines `["val/cosine"]`. What a `perex.NoiseScale` says is in that
+            object afterwards.
         batch_size: None for the loader's own, or 64.
         device: where to compute; None for where the model is.
         autocast: the dtype of mixed precision, such as `torch.bfloat16`; None for none.
@@ -109,13 +115,14 @@ def score(
     home = torch.device(device) if device is not None else _device_of(model)
     compute = _by_step(step) if step is not None else _by_criterion(PerExampleLosses(loss_fn))  # type: ignore[arg-type]
 
+    further = dict(quantities or {})
     columns = _Columns()
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         prepared(model, mode, home if device is not None else None),
         frozen(loss_fn),
-        attach(model, params=params, param_grads=False, audit=audit, memory="none") as px,
+        attach(model, *further.values(), params=params, param_grads=False, audit=audit, memory="none") as px,
         _bar(progress, pool.size) as advance,
     ):
         for positions, batch in pool.batches:
@@ -123,7 +130,8 @@ def score(
             with torch.autocast(home.type, autocast) if autocast is not None else nullcontext():
                 losses = compute(model, to_device(batch, home), size)
             px.backward(losses)
-            columns.add(positions, losses.detach(), px.norms(), {} if by is None else px.norms(by))
+            parts, extra = {} if by is None else px.norms(by), further_columns(px, further)
+            columns.add(positions, losses.detach(), px.norms(), parts, extra)
             advance(len(losses))
             del losses  # and with it this batch's graph, before the next one is built
             if names is not None and pool.length is None and columns.count > len(names):
@@ -183,8 +191,11 @@ class _Columns:
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.parts: dict[str, list[Tensor]] = {}
+        self.extra: dict[str, list[Tensor]] = {}
 
-    def add(self, positions: Sequence[int] | None, losses: Tensor, norms: Any, parts: Any) -> None:
+    def add(
+        self, positions: Sequence[int] | None, losses: Tensor, norms: Any, parts: Any, extra: dict[str, Tensor]
+    ) -> None:
         """Append a batch; a part that is missing from some batch has no gradient there: norm zero."""
         size = len(losses)
         zeros = torch.zeros_like(norms, device="cpu")
@@ -195,6 +206,8 @@ class _Columns:
             self.parts.setdefault(name, [zeros.new_zeros(self.count)])
         for name, chunks in self.parts.items():
             chunks.append(parts.get(name, zeros))
+        for name, values in extra.items():
+            self.extra.setdefault(name, []).append(values.detach().cpu())
         counted = range(self.count, self.count + size)
         self.positions.append(np.array(counted if positions is None else positions))
         self.losses.append(losses.to("cpu", torch.promote_types(losses.dtype, torch.float32)))
@@ -208,7 +221,17 @@ class _Columns:
         rows = torch.from_numpy(order)
         ids = positions[order] if names is None else names[positions[order]]
         parts = {name: torch.cat(chunks)[rows] for name, chunks in self.parts.items()}
-        return Scores(ids, torch.cat(self.losses)[rows], torch.cat(self.norms)[rows], parts)
+        extra = {name: torch.cat(chunks)[rows] for name, chunks in self.extra.items()}
+        return Scores(ids, torch.cat(self.losses)[rows], torch.cat(self.norms)[rows], parts, extra)
+
+
+def further_columns(px: Tracker, quantities: Mapping[str, Quantity]) -> dict[str, Tensor]:
+    """What the further statistics say of a batch, `(B, ...)` each, by the name of its column."""
+    found: dict[str, Tensor] = {}
+    for name, quantity in quantities.items():
+        columns = quantity.columns(px)
+        found.update((f"{name}/{rest}" if rest else name, values) for rest, values in columns.items())
+    return found
 
 
 def _names(ids: Any) -> np.ndarray | None:

@@ -26,6 +26,7 @@ class Scores:
         losses: `(N,)`.
         norms: `(N,)`, the norm of the gradient of each example's own loss, over all tracked parameters.
         parts: the norms `(N,)` over each module's or parameter's gradient alone, by name; empty without `by`.
+        extra: further statistics, `(N, ...)`, by the names that `quantities` gave them.
 
     Example:
         >>> scores = Scores(np.array(["a", "b", "c"]), torch.tensor([1., 2., 3.]), torch.tensor([4., 6., 5.]))
@@ -39,6 +40,7 @@ class Scores:
     losses: Tensor
     norms: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -51,6 +53,9 @@ class Scores:
     def columns(self) -> dict[str, np.ndarray]:
         """Name the columns, as the files do: `id`, `loss`, `norm`, and `norm/<name>` for each part.
 
+        Further statistics follow by their names; one of several numbers an example has a column for each, `<name>/0`
+        and so on.
+
         Returns:
             Arrays `(N,)` that share memory with the tensors.
 
@@ -59,7 +64,20 @@ class Scores:
             ['id', 'loss', 'norm', 'norm/fc']
         """
         parts = {f"norm/{name}": norms.numpy() for name, norms in self.parts.items()}
-        return {"id": self.ids, "loss": self.losses.numpy(), "norm": self.norms.numpy(), **parts}
+        columns = {"id": self.ids, "loss": self.losses.numpy(), "norm": self.norms.numpy(), **parts}
+        for name, values in self.extra.items():
+            if values.dim() == 1:
+                columns[name] = values.numpy()
+            else:
+                rows = values.reshape(len(values), values[:1].numel() if len(values) else 0)
+                columns |= {f"{name}/{k}": column.numpy() for k, column in enumerate(rows.unbind(1))}
+        return columns
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The columns, those of one statistic together, as arrays `(N, ...)`."""
+        columns, extra = self.columns(), {name: values.numpy() for name, values in self.extra.items()}
+        own = {f"norm/{name}" for name in self.parts} | {"id", "loss", "norm"}
+        return {name: column for name, column in columns.items() if name in own} | extra
 
     def top(self, k: int, by: str = "norm") -> Scores:
         """Pick the `k` examples with the largest values, the largest first.
@@ -114,7 +132,8 @@ class Scores:
         order = np.argsort(-values if descending else values, kind="stable")[:k]  # NumPy puts NaN last
         rows = torch.from_numpy(order)
         parts = {name: norms[rows] for name, norms in self.parts.items()}
-        return Scores(self.ids[order], self.losses[rows], self.norms[rows], parts)
+        extra = {name: values[rows] for name, values in self.extra.items()}
+        return Scores(self.ids[order], self.losses[rows], self.norms[rows], parts, extra)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a `.csv`, `.npz` or `.parquet` file, or plot to `.png`, `.pdf` or `.svg`, as the suffix says.
@@ -150,7 +169,7 @@ class Scores:
             table.writerows(zip(*(map(str, column) for column in columns.values()), strict=True))
 
     def to_npz(self, path: str | PathLike[str]) -> None:
-        """Write a NumPy archive with an array for each column; `numpy.load` reads it.
+        """Write a NumPy archive with an array for each column, or statistic of several; `numpy.load` reads it.
 
         Args:
             path: where to; as given, with no suffix added.
@@ -163,7 +182,7 @@ class Scores:
             array([0, 1])
         """
         with open(path, "wb") as file:
-            np.savez(file, **self.columns())  # type: ignore[arg-type]
+            np.savez(file, **self.arrays())  # type: ignore[arg-type]
 
     def to_parquet(self, path: str | PathLike[str]) -> None:
         """Write a Parquet file (needs pyarrow: `pip install "perex[parquet]"`).
