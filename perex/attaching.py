@@ -12,10 +12,7 @@ from perex.capture.parameters import Selection
 from perex.errors import AttachError
 from perex.kernels.strategies import Preferences, known_strategies
 from perex.quantities import Quantity
-from perex.tracker import Tracker
-
-KEEPS: dict[str, bool | None] = {"auto": None, "high": True, "none": False}
-"""What `memory` says about keeping gradients; None is to be found out."""
+from perex.tracker import KEEPS, Tracker
 
 
 def attach(
@@ -30,7 +27,7 @@ def attach(
     grad_scaler: torch.amp.GradScaler | None = None,
     strategies: str | Sequence[str] = (),
     autotune: bool = False,
-    memory: Literal["auto", "high", "none"] = "auto",
+    memory: Literal["auto", "high", "low", "none"] = "auto",
 ) -> Tracker:
     r"""Attach perex to a model, to read per-example gradient norms after a backward.
 
@@ -63,8 +60,9 @@ def attach(
             one that counting operations and bytes says is. The first steps are slower for that.
         memory: what `clip_`, `reweight_` and `gradients` may take. `"high"`: inputs and output gradients of layers are
             kept from each backward to the next forward. `"auto"`: those of the first backward, where they take at most
-            32 MiB and nothing is checkpointed; and of later ones, if the first one's were asked for. `"none"`: nothing
-            is kept, and these three are refused.
+            32 MiB and nothing is checkpointed; and of later ones, if the first one's were asked for. `"low"`: of
+            `px.backward(losses)`, the graph alone, of which `clip_` runs the backward again. `"none"`: nothing is
+            kept, and these are refused.
 
     Returns:
         A `Tracker`, which is also a context manager that detaches on exit.
@@ -109,5 +107,5 @@ def attach(
         audit,
         grad_scaler,
         Preferences(names, autotune),
-        KEEPS[memory],
+        memory,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from perex.audit import check_losses
 from perex.capture.derived import of_parameters
 from perex.capture.forward import Forward
-from perex.capture.parameters import Shared
+from perex.capture.parameters import Entry, Shared
 from perex.capture.probe import Probe, same_draws, weights_of
 from perex.capture.session import Session
 from perex.capture.suspects import SINK, nodes
@@ -50,6 +50,7 @@ class Backwards:
         preferences: which ways to the norms to take.
         keep: whether gradients are kept when a backward is over: always, never, or, if None, those of the first one
             and, if these are asked for, of those after it.
+        low: whether the graphs of losses are retained, so that `sum_again` can run them a second time.
 
     Attributes:
         session: the session whose forwards these are backwards of; set by who makes both.
@@ -68,6 +69,7 @@ class Backwards:
         scaler: torch.amp.GradScaler | None,
         preferences: Preferences,
         keep: bool | None,
+        low: bool = False,
     ) -> None:
         self.quantities = quantities
         self.param_grads = param_grads
@@ -75,6 +77,8 @@ class Backwards:
         self.scaler = scaler
         self.preferences = preferences
         self.keep = keep
+        self.low = low
+        self.taking: Callable[[Forward, Entry, Factor], None] | None = None  # who gets factors of a second run
         self.audited: set[tuple[object, ...]] = set()
         self.blanks = 0
         self.latest: Forward | None = None
@@ -123,8 +127,10 @@ class Backwards:
         weight = torch.full_like(losses, 1 / count if mean and count else 1.0)
         probe, kinds = self.check(losses, weight, forwards)
         self.losses, self.scale, self.probe = count, count if mean and count else 1.0, probe
+        again = self.low and not any(forward.once for forward in forwards)
         try:
-            (self.scaled(losses) * weight).sum().backward()  # given gradients, torch would import sympy: 40 MB
+            total = (self.scaled(losses) * weight).sum()
+            total.backward(retain_graph=again)  # given gradients, torch would import sympy: 40 MB
         except RuntimeError as error:
             if probe is None:
                 raise
@@ -140,8 +146,40 @@ class Backwards:
             self.blanks += 1
         else:
             self.audited |= kinds
+        if again:
+            self.retain(total)
         if self.result is None and any(forward.uses for forward in forwards):
             raise LossError("losses: no gradient reached the attached model; are they of another's outputs?")
+
+    def retain(self, total: Tensor) -> None:
+        """Keep what was run backward, and its graph, until the next forward."""
+        if self.result is not None:
+            self.result.total = total
+
+    def sum_again(self, result: Result, weights: Callable[[str, Forward], Tensor]) -> dict[str, Tensor]:
+        r"""$\sum_b w_b G_b$ of each parameter, by running a backward a second time, up to the taps.
+
+        Args:
+            result: what the first time brought; its graph is let go.
+            weights: of the examples of a forward, `(B,)`, for a parameter.
+
+        Returns:
+            Sums by parameter; there is none for one that was not used.
+        """
+        sums: dict[str, Tensor] = {}
+
+        def take(forward: Forward, entry: Entry, factor: Factor) -> None:
+            found = factor.weighted_sum(weights(entry.name, forward))
+            sums[entry.name] = sums[entry.name] + found if entry.name in sums else found
+
+        total, result.total = result.total, None
+        assert total is not None
+        self.taking = take
+        try:
+            torch.autograd.grad(total, [forward.sentinel for forward in result.shares], allow_unused=True)
+        finally:
+            self.taking = None
+        return sums
 
     def denied(self, error: PerexError) -> PerexError:
         """The last backward's numbers are wrong: the first reason for that."""
@@ -212,6 +250,10 @@ class Backwards:
             self.probe.receive(call, grads)
         if self.looking:
             return
+        if self.taking is not None:
+            for entry, factor in self.factors(call, saved, grads):
+                self.taking(forward, entry, factor)
+            return
         result = self.open(forward)
         if self.session.closed:
             why = "perex was detached between the forward and the backward: run the backward before detaching"
@@ -235,18 +277,25 @@ class Backwards:
             return
         if any(grad is not None and axis.stray(grad) for grad, axis in zip(grads, call.out_axes, strict=True)):
             result.refuse(UnsupportedError(STRAY.format(call.where, call.name)))
+        with torch.no_grad():
+            self.note_overflow(result, call, grads)
+            forward.arrived(call, grads)
+            for entry, factor in self.factors(call, saved, grads):
+                forward.made(call, entry, factor)
+                result.add(forward, entry, factor)
+
+    def factors(
+        self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Entry, Factor]]:
+        """The gradients that a call brings, by parameter; whoever takes them computes under the same settings."""
         device = saved[0].device.type if saved else "cpu"
         with torch.no_grad(), without_autocast(device), preferring(self.preferences):
             captured = Captured(call, saved, grads)
-            self.note_overflow(result, call, grads)
-            factors = call.rule.function(captured)
-            forward.arrived(call, grads)
+            found = call.rule.function(captured)
             for slot, source in call.slots.items():
-                factor = check_factor(call, slot, factors.get(slot), captured.batch)
+                factor = check_factor(call, slot, found.get(slot), captured.batch)
                 for entry, part in of_parameters(source, factor):
-                    own = part if call.examples is None else Few(part, call.examples, forward.batch)
-                    forward.made(call, entry, own)
-                    result.add(forward, entry, own)
+                    yield entry, part if call.examples is None else Few(part, call.examples, call.forward.batch)
 
     def changed(self) -> None:
         """A module's gradient hook has changed a gradient."""
@@ -294,7 +343,7 @@ class Backwards:
         result = Result(task, self.quantities, alone, number, keep, self.losses, self.scale)
         result.room = ROOM if self.keep is None else math.inf
         result.scaled = self.scaling()
-        if result.keep and self.param_grads:
+        if (result.keep or self.low) and self.param_grads:
             parameters = self.session.parameters
             result.remember(parameters.holders(entry for entry in parameters if entry.tracked))
         self.result = result

@@ -114,17 +114,24 @@ class Gradients:
         )
         return found * self.scale * other.scale
 
-    def put(self, name: str, parameter: nn.Parameter, total: Tensor, before: Tensor | None) -> None:
-        """Make a parameter's `.grad` a weighted sum, plus what it was before; a tensor that is there is written to."""
-        if is_shard(parameter):
-            total = over_processes(parameter, total)
-        total = total.to(parameter.dtype) if before is None else before + total.to(parameter.dtype)
-        grad = parameter.grad
-        if grad is None or grad.layout != torch.strided or self.shares_memory(name, grad):
-            parameter.grad = total
-        else:
-            with torch.no_grad():
-                grad.copy_(total)
+
+def put(parameter: nn.Parameter, total: Tensor, before: Tensor | None, anew: bool) -> None:
+    """Make a parameter's `.grad` a weighted sum, plus what it was before.
+
+    Args:
+        parameter: the parameter.
+        total: the sum, of this process's examples; of a sharded parameter, all processes' are added up.
+        before: what `.grad` held before the backward.
+        anew: whether a tensor that is there must not be written to, but replaced.
+    """
+    if is_shard(parameter):
+        total = over_processes(parameter, total)
+    total = total.to(parameter.dtype) if before is None else before + total.to(parameter.dtype)
+    if parameter.grad is None or parameter.grad.layout != torch.strided or anew:
+        parameter.grad = total
+    else:
+        with torch.no_grad():
+            parameter.grad.copy_(total)
 
 
 def over_processes(parameter: Any, total: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ class Result:
         self.scaled: Tensor | None = None
         self.error: PerexError | None = None
         self.finished = False
+        self.total: Tensor | None = None
+        """What was run backward, where that may be done again."""
         self.before: dict[str, Tensor | None] | None = None
         """What `.grad` of each tracked parameter was, before it is changed."""
 
@@ -117,7 +119,7 @@ class Result:
 
     def release(self) -> None:
         """Let go of the gradients that were kept."""
-        self.keep, self.before = False, None
+        self.keep, self.before, self.total = False, None, None
         for share in self.shares.values():
             share.kept.clear()
 

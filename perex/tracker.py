@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from perex.backward import Backwards
+from perex.capture.forward import Forward
 from perex.capture.parameters import Entry, Selection
 from perex.capture.session import Session
 from perex.clipping import Groups, bounds_of, clipped, groups_of, normalized, norms_of
 from perex.errors import ArgumentError, LossError, NotReadyError, PerexError
-from perex.gradients import Gradients
+from perex.gradients import Gradients, put
 from perex.kernels.strategies import Preferences, preferring
 from perex.quantities import By, Quantity, SquaredNorms, grouped
 from perex.report import Report, rows_of, shared_of
 from perex.result import Result
+
+KEEPS = {"auto": None, "high": True, "low": False, "none": False}
+"""What `memory` says about keeping gradients; None is to be found out."""
 
 SPARED = (
     "unless told otherwise, perex keeps those of the first backward, if they take at most 32 MiB and nothing is "
@@ -42,13 +46,15 @@ class Tracker:
         audit: bool,
         grad_scaler: torch.amp.GradScaler | None,
         preferences: Preferences,
-        keep: bool | None,
+        memory: str,
     ) -> None:
         self._quantities: list[Quantity] = [SquaredNorms(), *quantities]
         self._mean = loss_reduction == "mean"
         self._relation = forwards
-        self._memory = keep
-        self._backwards = Backwards(self._quantities, param_grads, audit, grad_scaler, preferences, keep)
+        self._memory = memory
+        self._backwards = Backwards(
+            self._quantities, param_grads, audit, grad_scaler, preferences, KEEPS[memory], memory == "low"
+        )
         self._session = Session(model, params, param_grads, batch_dim, self._backwards, audit)
         self._backwards.session = self._session
         tracked = {entry.name: entry.parameter for entry in self._session.parameters if entry.tracked}
@@ -216,16 +222,16 @@ class Tracker:
         References:
             Abadi et al., "Deep Learning with Differential Privacy", 2016; Bu et al., "Automatic Clipping", 2022.
         """
-        gradients = self.gradients()
-        groups = groups_of(by, gradients.names)
+        squares = self.read(self._quantities[0], by="parameter")
+        groups = groups_of(by, list(squares))
         bounds = bounds_of(max_norm, groups)
-        norms = norms_of(self.read(self._quantities[0], by="parameter"), groups)
+        norms = norms_of(squares, groups)
         weights: dict[str, Tensor] = {}
         for group, names in groups.items():
             bound, norm = bounds[group], norms[group]
             own = normalized(norm, bound, stability) if normalize else clipped(norm, bound)
             weights.update(dict.fromkeys(names, times(own, scale)))
-        self._put(gradients, weights)
+        self._put(weights)
         return norms[""] if by is None else norms
 
     def reweight_(self, weights: Tensor) -> None:
@@ -247,11 +253,12 @@ class Tracker:
             >>> model.weight.grad
             tensor([[53.]])
         """
-        gradients = self.gradients()
-        if not isinstance(weights, Tensor) or weights.shape != (gradients.batch_size,):
+        squares = self.read(self._quantities[0], by="parameter")
+        count = len(next(iter(squares.values())))
+        if not isinstance(weights, Tensor) or weights.shape != (count,):
             what = f"a tensor {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-            raise ArgumentError(f"weights: expected one an example, ({gradients.batch_size},), got {what}")
-        self._put(gradients, weights)
+            raise ArgumentError(f"weights: expected one an example, ({count},), got {what}")
+        self._put(dict.fromkeys(squares, weights))
 
     def gradients(self) -> Gradients:
         """The per-example gradients of the last backward, not multiplied out; they outlive the next forward.
@@ -261,7 +268,7 @@ class Tracker:
         """
         result = self._result()
         if not result.keep:
-            why = "nothing is kept with memory='none'" if self._memory is False else SPARED
+            why = SPARED if self._memory == "auto" else f"nothing is kept with memory={self._memory!r}"
             raise NotReadyError(f"the per-example gradients of the last backward are not there any more: {why}")
         self._backwards.asked()
         with preferring(self._backwards.preferences):
@@ -280,13 +287,40 @@ class Tracker:
         """Have a function called at the end of each backward, when its result can be read."""
         self._backwards.after.append(action)
 
-    def _put(self, gradients: Gradients, weights: Tensor | Mapping[str, Tensor]) -> None:
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
         """Make `.grad` what it was before the backward, plus a weighted sum."""
         result = self._result()
         parameters = self._session.parameters.holders(result.tracked())
         before = result.remember(parameters)
+        if self._memory == "low":
+            sums = self._again(result, weights)
+            for name, parameter in parameters.items():
+                total = sums[name] if name in sums else torch.zeros(parameter.shape, device=parameter.device)
+                put(parameter, total, before[name], anew=False)
+            return
+        gradients = self.gradients()
         for name, total in gradients.weighted_sums(weights):
-            gradients.put(name, parameters[name], total, before[name])
+            grad = parameters[name].grad
+            put(parameters[name], total, before[name], anew=grad is not None and gradients.shares_memory(name, grad))
+
+    def _again(self, result: Result, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weighted sums from a second run of the backward."""
+        if result.total is None:
+            raise NotReadyError(
+                "memory='low' runs the backward of `px.backward(losses)` once more, and there is none to run: call "
+                "that rather than loss.backward(), and clip_ or reweight_ once after each. A selective checkpoint can "
+                "go backward once only: memory='high' does without"
+            )
+        parts: dict[Forward, slice] = {}
+        first = 0
+        for group in result.groups(self._relation):
+            for share in group:
+                parts[share.forward] = slice(first, first + share.forward.batch)
+            first += group[0].forward.batch
+        scale = self.scale
+        return self._backwards.sum_again(
+            result, lambda name, forward: times(weights[name].detach()[parts[forward]], scale)
+        )
 
     def report(self) -> Report:
         """How the norm of each use of a parameter in the latest forward was found, and what it cost; print it.

@@ -439,7 +439,13 @@ def assert_statistics(px: Any, quantities: list, rows: dict[str, list[Tensor]], 
 
 
 def assert_clips(
-    px: Any, model: nn.Module, rows: dict[str, list[Tensor]], before: dict[str, Tensor | None], what: Any, rtol: float
+    px: Any,
+    model: nn.Module,
+    rows: dict[str, list[Tensor]],
+    before: dict[str, Tensor | None],
+    what: Any,
+    rtol: float,
+    low: bool,
 ) -> None:
     """`clip_` and `reweight_` leave in `.grad` what the loop's gradients say, on top of what was there before."""
     rtol = max(rtol, 1e-9)
@@ -459,6 +465,8 @@ def assert_clips(
 
     close(px.clip_(bound), norms, f"{what} norms of clip_", rtol)
     held(dict.fromkeys(each, bound / norms.clamp(min=bound)), "clip_")
+    if low:
+        return
     px.clip_(bound, by="parameter")
     held({name: bound / square.sqrt().clamp(min=bound) for name, square in squares.items()}, "clip_ by parameter")
     weights = torch.linspace(-1, 2, len(norms), dtype=torch.float64)
@@ -491,6 +499,7 @@ def check(
     rtol: float = 1e-9,
     atol: float = 1e-9,
     versions: bool = True,
+    again: bool = True,
     ways: list[Way] = WAYS,
 ) -> dict[str, Tensor]:
     """Compare perex with the loop in every way of calling it; returns the loop's squared norms by parameter.
@@ -501,6 +510,7 @@ def check(
         inputs: positional arguments. Tensors are batched along `batch_dim` unless marked `Shared`.
         loss: (output, indices of the examples) -> losses; a projection of the output by default.
         example: (inputs, i) -> inputs of a batch of one, where slicing `batch_dim` is not it.
+        again: False where the graph can be run backward once only.
         versions: False where the model itself writes into its parameters in its forward.
     """
     make = (lambda: copy.deepcopy(model).double()) if isinstance(model, nn.Module) else (lambda: model().double())
@@ -529,6 +539,7 @@ def check(
             for k, (name, p) in enumerate(subject.named_parameters()):
                 p.grad = torch.full_like(p, 7.0) if k % 2 else None
                 before[name] = p.grad
+        memory = "low" if again and way.call == "losses" and way.param_grads else "high"
         finite = all(bool(square.isfinite().all()) for square in squares.values())
         quantities = statistics(grads) if way.call == "losses" and finite else []
         with no_trace(subject, versions):
@@ -539,7 +550,7 @@ def check(
                 loss_reduction=way.reduction,
                 batch_dim=batch_dim,
                 param_grads=way.param_grads,
-                memory="high",
+                memory=memory,
             ) as px:
                 seen = run(subject, inputs, kwargs, loss, batch_size, way, px)
                 assert px.batch_size == batch_size, f"{way}: batch_size {px.batch_size}"
@@ -564,9 +575,8 @@ def check(
                 assert g is before[name], f"{way} {name}.grad was replaced"
                 assert g is None or bool((g == 7).all()), f"{way} {name}.grad was written to"
         if finite:
-            assert_clips(
-                px, subject, grads, {name: None if g is None else g.clone() for name, g in before.items()}, way, rtol
-            )
+            held = {name: None if g is None else g.clone() for name, g in before.items()}
+            assert_clips(px, subject, grads, held, way, rtol, memory == "low")
     return squares
 
 

@@ -335,3 +335,76 @@ def test_arguments_of_reweight(weights):
         px.backward(losses_of(model, batch()))
         with pytest.raises(perex.PerexError, match=r"expected one an example, \(6,\)"):
             px.reweight_(weights)
+
+
+# In little memory: the backward runs twice
+
+
+@pytest.mark.parametrize("param_grads", [True, False])
+@pytest.mark.parametrize("by", [None, "parameter"])
+def test_running_the_backward_again(param_grads, by):
+    """Inputs' gradients are those of one backward, and micro-batches add up."""
+    model, parts = net(), [batch(4, 1), batch(5, 2)]
+    gradients = {name: torch.cat([each(model, x)[name] for x in parts]) for name, _ in model.named_parameters()}
+    with no_trace(model), perex.attach(model, param_grads=param_grads, memory="low") as px:
+        for x in parts:
+            x.requires_grad_()
+            px.backward(losses_of(model, x))
+            once = x.grad.clone()
+            px.clip_(0.7, by=by)
+            assert torch.equal(x.grad, once)
+            with pytest.raises(perex.NotReadyError, match="clip_ or reweight_ once after each"):
+                px.clip_(0.7)
+            with pytest.raises(perex.NotReadyError, match="memory='low'"):
+                px.gradients()
+    groups = [[name] for name in gradients] if by else [list(gradients)]
+    weights = {}
+    for names in groups:
+        weights |= dict.fromkeys(names, (0.7 / norms_of(gradients, names)).clamp(max=1))
+    assert_grads(model, gradients, weights)
+
+
+def test_running_it_again_takes_losses():
+    model = net()
+    with perex.attach(model, memory="low") as px:
+        losses_of(model, batch()).mean().backward()
+        with pytest.raises(perex.NotReadyError, match="rather than loss.backward"):
+            px.clip_(1.0)
+
+
+def test_two_forwards_run_again():
+    model, x, z = net(), batch(4, 1), batch(3, 2)
+    gradients = {name: torch.cat((each(model, x)[name], g)) for name, g in each(model, z).items()}
+    with perex.attach(model, param_grads=False, memory="low") as px:
+        px.backward(torch.cat((losses_of(model, x), losses_of(model, z))))
+        px.clip_(0.7)
+    assert_grads(model, gradients, dict.fromkeys(gradients, (0.7 / norms_of(gradients)).clamp(max=1)))
+
+
+def test_checkpoints_stay_what_they_are_in_little_memory():
+    model, x = net(), batch()
+    inner = nn.Sequential(*model)
+    model.forward = lambda x: checkpoint(inner.forward, x, use_reentrant=False)
+    gradients = each(model, x)
+    with perex.attach(model, memory="low", param_grads=False) as px:
+        for _ in range(2):
+            px.backward(losses_of(model, x))
+            model.zero_grad()
+            px.clip_(0.7)
+    assert_grads(model, gradients, dict.fromkeys(gradients, (0.7 / norms_of(gradients)).clamp(max=1)))
+
+
+def test_a_selective_checkpoint_goes_backward_once():
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    model, x = net(), batch()
+    inner = nn.Sequential(*model)
+
+    def contexts():
+        return create_selective_checkpoint_contexts(lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE)
+
+    model.forward = lambda x: checkpoint(inner.forward, x, use_reentrant=False, context_fn=contexts)
+    with perex.attach(model, memory="low", param_grads=False) as px:
+        px.backward(losses_of(model, x))
+        with pytest.raises(perex.NotReadyError, match="once only"):
+            px.clip_(0.7)

@@ -141,7 +141,8 @@ def sum_by_perex(model: nn.Module, optimizer: Any) -> Tensor:
 
 
 def steps(make: Make, criterion: Any, x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
-    model, optimizer, loss_of, _ = private(make(), criterion, reduction)
+    engine = {"memory": "low" if reduction == "sum" else "high"}
+    model, optimizer, loss_of, _ = private(make(), criterion, reduction, engine=engine)
     before = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     loss_of(model(x), y).backward()
     optimizer.step()

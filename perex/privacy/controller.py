@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,7 @@ class PrivateBackward(Controller):
     Args:
         module: the model.
         grad_scaler: of the loss, if one is used.
+        memory: see `PrivacyEngine`.
         loss_reduction, batch_first, params: see `Controller`.
 
     Attributes:
@@ -140,6 +141,7 @@ class PrivateBackward(Controller):
         batch_first: bool,
         params: Any,
         grad_scaler: torch.amp.GradScaler | None = None,
+        memory: Literal["high", "low"] = "high",
     ) -> None:
         self.module, self.loss_reduction, self.grad_scaler = module, loss_reduction, grad_scaler
         self.px = attach(
@@ -149,7 +151,7 @@ class PrivateBackward(Controller):
             batch_dim=0 if batch_first else 1,
             param_grads=False,
             grad_scaler=grad_scaler,
-            memory="high",
+            memory=memory,
         )
 
     def batch_size(self) -> int:

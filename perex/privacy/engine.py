@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import opacus
 import torch
@@ -43,6 +43,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         secure_mode: noise from a cryptographic generator, which needs torchcsprng; see Opacus.
         grad_scaler: the scaler of the loss, if one is used: `scaler.scale(loss).backward()`. Clipping is of the
             gradients before scaling, and noise is added after `scaler.step` has undone it.
+        memory: `"high"` keeps layers' inputs and output gradients from the backward to the clipping; `"low"` runs the
+            backward twice instead.
 
     Example:
         >>> import torch, warnings
@@ -67,10 +69,18 @@ class PrivacyEngine(opacus.PrivacyEngine):
     """
 
     def __init__(
-        self, *, accountant: str = "prv", secure_mode: bool = False, grad_scaler: torch.amp.GradScaler | None = None
+        self,
+        *,
+        accountant: str = "prv",
+        secure_mode: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        memory: Literal["high", "low"] = "high",
     ) -> None:
+        if memory not in ("high", "low"):
+            raise ArgumentError(f"memory={memory!r}: it is 'high' or 'low'")
         super().__init__(accountant=accountant, secure_mode=secure_mode)
         self.grad_scaler = grad_scaler
+        self.memory = memory
 
     def make_private(self, *, module: nn.Module, optimizer: optim.Optimizer, **options: Any) -> Any:
         """Make a model, its optimizer, criterion and loader private.
@@ -156,6 +166,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             batch_first=batch_first,
             params=lambda name, parameter: name in names,
             grad_scaler=self.grad_scaler,
+            memory=self.memory,
         )
         _private[module] = controller
         return controller
