@@ -62,7 +62,7 @@ class Gradients:
 
     def shares_memory(self, name: str, tensor: Tensor) -> bool:
         """Whether a parameter's gradients are made of a tensor, as an only example's may be of its `.grad`."""
-        if is_shard(tensor):
+        if is_shard(tensor) or tensor.layout != torch.strided:
             return False
         pointer = tensor.untyped_storage().data_ptr()
         return any(t.untyped_storage().data_ptr() == pointer for kept in self._groups[name] for t, _ in kept.stamps)
@@ -126,7 +126,7 @@ def put(parameter: nn.Parameter, total: Tensor, before: Tensor | None, anew: boo
     """
     if is_shard(parameter):
         total = over_processes(parameter, total)
-    total = total.to(parameter.dtype) if before is None else before + total.to(parameter.dtype)
+    total = total.to(parameter.dtype) if before is None else total.to(parameter.dtype) + before  # which may be sparse
     if parameter.grad is None or parameter.grad.layout != torch.strided or anew:
         parameter.grad = total
     else:

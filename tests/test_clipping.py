@@ -408,3 +408,19 @@ def test_a_selective_checkpoint_goes_backward_once():
         px.backward(losses_of(model, x))
         with pytest.raises(perex.NotReadyError, match="once only"):
             px.clip_(0.7)
+
+
+def test_sparse_gradients_of_before():
+    """An embedding with `sparse=True`: what is added to a sparse `.grad` makes a dense one."""
+    model, ids = nn.Embedding(6, 3, sparse=True).double(), torch.tensor([[1, 2, 1], [0, 1, 5]])
+    for _ in range(2):
+        model.weight.grad = None
+        model(ids).sum().backward()
+        assert model.weight.grad.is_sparse
+        with perex.attach(model, param_grads=False) as px:
+            px.backward(model(ids).sum((1, 2)))
+            px.reweight_(torch.tensor([1.0, 10.0]))
+    expected = torch.zeros(6, 3, dtype=torch.float64)
+    for row, weight in zip(ids, (2.0, 11.0), strict=True):
+        expected.index_add_(0, row, torch.full((3, 3), weight, dtype=torch.float64))
+    torch.testing.assert_close(model.weight.grad, expected)

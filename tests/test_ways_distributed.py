@@ -592,3 +592,21 @@ def test_a_rank_that_fails_or_waits_is_noticed():
     with Ranks() as running:
         with pytest.raises(AssertionError, match="ZeroDivisionError"):
             running(fails_case, seconds=60)
+
+
+def noise_case(rank: int) -> None:
+    """Each rank sees other examples; what they keep is the same, the mean of their estimates."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 1).double(), torch.randn(2, 6, 4, dtype=torch.float64)
+    rows = [torch.cat((own, torch.ones(6, 1, dtype=torch.float64)), 1) for own in x]  # gradients of a linear output
+    pairs = [torch.stack((r.var(0).sum(), r.mean(0).square().sum() - r.var(0).sum() / 6)) for r in rows]
+    noise = perex.NoiseScale(decay=0.5)
+    with perex.attach(model, noise, param_grads=False) as px:
+        for _ in range(2):
+            px.backward(model(x[rank]).squeeze(1))
+            noise.update(px)
+    torch.testing.assert_close(torch.tensor(noise.parts(), dtype=torch.float64), (pairs[0] + pairs[1]) / 2)
+
+
+def test_the_noise_scale_of_several_processes(ranks):
+    ranks(noise_case)
