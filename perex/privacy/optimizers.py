@@ -86,6 +86,17 @@ class PrivateSteps:
                 parameter.grad = None
         return stepped
 
+    def accumulate(self) -> None:
+        """Add `.grad` to the sum of the logical batch; the first one is taken as it is, for it is not used again."""
+        if hasattr(self, "grad_state"):  # shards keep their sums elsewhere
+            super().accumulate()  # type: ignore[misc]
+            return
+        for parameter in self.params:
+            summed: Tensor | None = parameter.summed_grad  # type: ignore[attr-defined]
+            parameter.summed_grad = (  # type: ignore[attr-defined]
+                parameter.grad if summed is None else summed.add_(parameter.grad)  # type: ignore[arg-type]
+            )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the sum of clipped ones unless the logical batch goes on."""
         super().zero_grad(set_to_none)  # type: ignore[misc]
