@@ -95,6 +95,11 @@ class Tracker:
             raise NotReadyError("batch_size: the model has not been called since perex was attached")
         return self._backwards.latest.batch
 
+    @property
+    def forwards(self) -> int:
+        """Number of forwards since perex was attached."""
+        return self._session.forwards
+
     def backward(self, losses: Tensor) -> None:
         r"""Run the backward of per-example losses, so that no reduction has to be guessed.
 

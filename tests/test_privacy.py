@@ -533,6 +533,14 @@ def test_losses_that_are_not_private(change, message):
         change(loss_of(out, y), out)
 
 
+def test_two_batches_are_not_clipped_as_one():
+    model, x, criterion, y = simple()
+    model, optimizer, loss_of, _ = private(model, criterion)
+    first = loss_of(model(x), y)
+    with pytest.raises(PrivacyError, match="losses of two forwards"):
+        first + loss_of(model(x + 1), y)
+
+
 def test_arguments():
     model, x, criterion, y = simple()
     with pytest.raises(PrivacyError, match="clipping='adaptive'"):

@@ -75,6 +75,20 @@ def test_a_direction_is_read_anew_in_each_backward():
     torch.testing.assert_close(found, flat(each(model, x)).sum(1))
 
 
+def test_two_forwards_and_directions_that_the_backward_changes():
+    """With two forwards, values are only made when they are read: `.grad` is another by then."""
+    model, x = net(), batch()
+    losses_of(model, x).mean().backward()
+    grad, expected = [p.grad for p in model.parameters()], flat(each(model, x))
+    vector = torch.cat([g.flatten().clone() for g in grad])
+    dots, own = perex.Dots(grad), perex.Dots("grad")
+    with perex.attach(model, dots, own) as px:
+        px.backward(torch.cat((losses_of(model, x[:2]), losses_of(model, x[2:]))))
+        torch.testing.assert_close(px.read(dots), expected @ vector)
+        with pytest.raises(perex.NotReadyError, match="its own part of the gradient only"):
+            px.read(own)
+
+
 def test_none_stands_for_zeros():
     model, x = net(), batch()
     dots = perex.Dots({"0.weight": None, "0.bias": None, "2.weight": None, "2.bias": torch.ones(3)})

@@ -28,6 +28,11 @@ class Geometry:
     output_padding: tuple[int, ...]
     groups: int
 
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """What torch's convolutions take after input, weight and bias."""
+        return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+
     def of_several(self, examples: int) -> Geometry:
         """The same for several examples side by side, each a group (or groups) of channels."""
         rows, *columns = self.weight_shape
@@ -53,12 +58,7 @@ def weight_gradient(x: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
         x,
         weight,
         None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.transposed,
-        geometry.output_padding,
-        geometry.groups,
+        *geometry.options,
         [False, True, False],
     )[1]
 
@@ -69,12 +69,7 @@ def convolved(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         x,
         weight,
         None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.transposed,
-        geometry.output_padding,
-        geometry.groups,
+        *geometry.options,
     )
 
 

@@ -158,6 +158,10 @@ class PrivateBackward(Controller):
         """Number of examples in the latest forward."""
         return self.px.batch_size
 
+    def number(self) -> int:
+        """The number of the latest forward."""
+        return self.px.forwards
+
     def backward(self, losses: Tensor) -> None:
         """Run the backward of the examples' losses, and add their clipped gradients to `.grad`."""
         optimizer: Any = self.optimizer

@@ -216,4 +216,4 @@ class PrivacyEngine(opacus.PrivacyEngine):
         loss_reduction: str = "mean",
         **options: Any,
     ) -> PrivateCriterion:
-        return PrivateCriterion(criterion, loss_reduction, module.batch_size, module.backward)
+        return PrivateCriterion(criterion, loss_reduction, module.batch_size, module.number, module.backward)

@@ -51,15 +51,16 @@ class PrivateLoss(Tensor):
     losses: Tensor
     _reduction: str
     _run: Backward
+    _forward: int
 
     @staticmethod
-    def of(losses: Tensor, reduction: str, run: Backward) -> PrivateLoss:
+    def of(losses: Tensor, reduction: str, run: Backward, forward: int) -> PrivateLoss:
         """Make one of the losses of a batch, and of what its backward is to do with them."""
         value = losses.detach().sum()
         if reduction == "mean" and len(losses):
             value = value / len(losses)
         loss = value.as_subclass(PrivateLoss)
-        loss.losses, loss._reduction, loss._run = losses, reduction, run
+        loss.losses, loss._reduction, loss._run, loss._forward = losses, reduction, run, forward
         return loss
 
     @classmethod
@@ -76,6 +77,8 @@ class PrivateLoss(Tensor):
             if isinstance(arg, PrivateLoss):
                 if known in (operator.mul, operator.truediv) and others or arg._run != one._run:
                     raise PrivacyError("loss: the product of two losses, or a sum of two models', is no private loss")
+                if arg._forward != one._forward:  # two examples would be clipped as one
+                    raise PrivacyError("loss: losses of two forwards do not add up: run each one backward on its own")
                 if len(arg.losses) != len(one.losses):
                     raise PrivacyError(f"loss: of {len(one.losses)} and of {len(arg.losses)} examples do not add up")
                 parts.append(arg.losses)
@@ -87,7 +90,7 @@ class PrivateLoss(Tensor):
                 )
             else:
                 parts.append(arg)
-        return PrivateLoss.of(known(*parts), one._reduction, one._run)
+        return PrivateLoss.of(known(*parts), one._reduction, one._run, one._forward)
 
     def backward(
         self, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
@@ -126,15 +129,22 @@ class PrivateCriterion:
         criterion: any function of the model's outputs and of targets, of these in any form, that returns a number.
         reduction: `"mean"` or `"sum"`, how the examples' losses are shown as one number.
         batch_size: gives the number of examples in the latest forward.
+        number: gives the number of that forward.
         run: what the backward does with the examples' losses.
     """
 
     def __init__(
-        self, criterion: Callable[..., Tensor], reduction: str, batch_size: Callable[[], int], run: Backward
+        self,
+        criterion: Callable[..., Tensor],
+        reduction: str,
+        batch_size: Callable[[], int],
+        number: Callable[[], int],
+        run: Backward,
     ) -> None:
         self.criterion = criterion
         self.reduction = reduction
         self._batch_size = batch_size
+        self._number = number
         self._run = run
         self._losses = PerExampleLosses(_Called(criterion), flattened=True)
 
@@ -155,7 +165,7 @@ class PrivateCriterion:
         losses = self._losses(args, kwargs, self._batch_size())
         if not losses.requires_grad:
             raise LossError("criterion: the losses do not depend on the private model's outputs, or grad is off")
-        return PrivateLoss.of(losses, self.reduction, self._run)
+        return PrivateLoss.of(losses, self.reduction, self._run, self._number())
 
 
 class _Called:

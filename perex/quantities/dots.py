@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from perex.errors import ArgumentError, AttachError
+from perex.errors import ArgumentError, AttachError, NotReadyError
 from perex.factors import Total
 from perex.quantities.base import By, Quantity, added_up, grouped
 
@@ -25,7 +25,8 @@ class Dots(Quantity):
     Args:
         direction: $V$: tensors by parameter name, or one for each of `model.parameters()`, in order; None stands for
             zeros. They are read where they are in each backward, so a momentum buffer may go on changing. `"grad"` is
-            the gradient of the very loss that is run backward, the one that `.grad` gets.
+            the gradient of the very loss that is run backward, the one that `.grad` gets. Parameters' own `.grad`
+            tensors, which a backward may change, are copied by `attach`.
 
     Raises:
         AttachError: from `attach`, if a tracked parameter has no direction, or one of another shape.
@@ -52,6 +53,7 @@ class Dots(Quantity):
         if isinstance(direction, str) and direction != "grad":
             raise ArgumentError(f"direction={direction!r}: it is tensors, by parameter name or in order, or 'grad'")
         self.own = isinstance(direction, str)
+        self.copies: dict[str, Tensor] = {}
         self.given: Any = direction if isinstance(direction, (str, Mapping)) else list(direction)
 
     def attached(self, model: nn.Module, tracked: Mapping[str, nn.Parameter]) -> None:
@@ -62,8 +64,11 @@ class Dots(Quantity):
             if len(names) != len(self.given):
                 raise AttachError(f"Dots: {len(self.given)} directions for a model of {len(names)} parameters")
             self.given = dict(zip(names, self.given, strict=True))
+        self.copies = {}
         for name, parameter in {} if self.own else tracked.items():
             tensor = self.direction(name)
+            if tensor is not None and tensor is parameter.grad:
+                self.copies[name] = tensor.clone()
             if tensor is not None and tensor.shape != parameter.shape:
                 shapes = f"{tuple(tensor.shape)}, and the parameter has {tuple(parameter.shape)}"
                 raise AttachError(f"Dots: the direction of parameter '{name}' has shape {shapes}")
@@ -72,7 +77,7 @@ class Dots(Quantity):
         """The given direction of a parameter."""
         if name not in self.given:
             raise AttachError(f"Dots: there is no direction for parameter '{name}'; None would stand for zeros")
-        tensor: Tensor | None = self.given[name]
+        tensor: Tensor | None = self.copies.get(name, self.given[name])
         return tensor
 
     def reduce(self, name: str, gradient: Total) -> Tensor:
@@ -81,6 +86,15 @@ class Dots(Quantity):
             return gradient.along(gradient.weighted_sum(torch.ones(gradient.batch)))
         direction = self.direction(name)
         return gradient.squared_norm().zero_() if direction is None else gradient.along(direction.detach())
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """See `Quantity.joined`: the gradient of all forwards together was never met."""
+        if self.own:
+            raise NotReadyError(
+                "Dots('grad'): several forwards of further examples came before one backward, and each was compared "
+                "with its own part of the gradient only: run one backward for each"
+            )
+        return super().joined(parts)
 
     def columns(self, px: Tracker) -> dict[str, Tensor]:
         """See `Quantity.columns`: the inner products, and the cosines beside them."""
