@@ -281,8 +281,9 @@ class Backwards:
             self.note_overflow(result, call, grads)
             forward.arrived(call, grads)
             for entry, factor in self.factors(call, saved, grads):
-                forward.made(call, entry, factor)
-                result.add(forward, entry, factor)
+                kept = factor.condensed() if result.keep else factor
+                forward.made(call, entry, kept)
+                result.add(forward, entry, kept)
 
     def factors(
         self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]

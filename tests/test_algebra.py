@@ -70,6 +70,7 @@ def agrees(factor: Factor) -> None:
     projected = torch.einsum("bmn,mk,nk->bk", matrices, left, right)
     torch.testing.assert_close(factor.project(left, right), projected)
     torch.testing.assert_close(factor.pairs(factor), expected @ expected.T)
+    torch.testing.assert_close(multiplied_out(factor.condensed()), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,3 +126,31 @@ def test_batches_of_none():
         assert factor.weighted_sum(random(0)).shape == SHAPE and not factor.weighted_sum(random(0)).any()
         assert factor.along(random(V, D)).shape == (0,)
         assert factor.pairs(KINDS["outer"](B)).shape == (0, B) and KINDS["outer"](B).pairs(factor).shape == (B, 0)
+
+
+def elements(factor: Factor) -> int:
+    """How many elements of gradients, and of what they are made of, a factor holds."""
+    inner = [factor] if not isinstance(factor, Total) else factor.factors
+    while any(isinstance(one, (Few, Part)) for one in inner):
+        inner = [one.factor if isinstance(one, (Few, Part)) else one for one in inner]
+    return sum(v.numel() for one in inner for v in vars(one).values() if isinstance(v, Tensor))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_condensed_is_never_larger(kind):
+    factor = KINDS[kind](B)
+    assert elements(factor.condensed()) <= elements(factor)
+
+
+def test_what_is_kept_of_long_sequences_is_multiplied_out():
+    long, short = (Outer(random(B, t, V), random(B, t, D), SHAPE) for t in (40, 2))
+    assert isinstance(long.condensed(), Dense)
+    assert short.condensed() is short
+    assert long.condensed().plan().flops == long.dense_flops() + 2 * B * V * D
+    images = Patches(random(B, 1, 3, 9, 9), random(B, 1, 4, 9, 9), square(4, 3))
+    assert isinstance(images.condensed(), Dense)
+
+
+def square(rows: int, columns: int) -> Geometry:
+    """A padded 3x3 convolution."""
+    return Geometry(torch.Size((rows, columns, 3, 3)), (1, 1), (1, 1), (1, 1), False, (0, 0), 1)

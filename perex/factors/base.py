@@ -102,6 +102,15 @@ class Factor(ABC):
         flops = self.dense_flops() + other.dense_flops() + 2 * self.batch * entries
         return Plan("multiplied out", flops, 3 * block_size(self.batch, entries) * entries)
 
+    def condensed(self) -> Factor:
+        """The same gradients to be kept: multiplied out, where these are no larger than what they are made of."""
+        from perex.factors.dense import Dense
+
+        held = sum(value.numel() for value in vars(self).values() if isinstance(value, Tensor))
+        if self.batch * math.prod(self.shape) > held:
+            return self
+        return Dense(self.dense(0, self.batch), self.dense_flops())
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         r"""$\sum_b w_b G_b$.
 

@@ -19,9 +19,11 @@ class Dense(Factor):
 
     Attributes:
         values: `(B, *shape)`.
+        flops: operations it took to multiply them out.
     """
 
     values: Tensor
+    flops: int = 0
 
     @property
     def batch(self) -> int:  # type: ignore[override]
@@ -43,11 +45,16 @@ class Dense(Factor):
 
     def plan(self) -> Plan:
         """See `Factor.plan`."""
-        return Plan("dense", 2 * self.values.numel(), self.values.numel())
+        way = "multiplied out" if self.flops else "dense"
+        return Plan(way, self.flops + 2 * self.values.numel(), self.values.numel())
+
+    def condensed(self) -> Factor:
+        """See `Factor.condensed`."""
+        return self
 
     def merge(self, other: Factor) -> Factor | None:
         """Two dense factors add up."""
-        return Dense(self.values + other.values) if isinstance(other, Dense) else None
+        return Dense(self.values + other.values, self.flops + other.flops) if isinstance(other, Dense) else None
 
     def take(self, examples: Tensor) -> Factor:
         """See `Factor.take`."""

@@ -104,6 +104,10 @@ class Few(Factor):
         inner = self.factor.take(torch.tensor([k for _, k in found], dtype=torch.long))
         return Few(inner, [place for place, _ in found], len(wanted))
 
+    def condensed(self) -> Factor:
+        """See `Factor.condensed`."""
+        return Few(self.factor.condensed(), self.examples, self.batch)
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See `Factor.weighted_sum`."""
         return self.factor.weighted_sum(weights[self.numbers(weights.device)])

@@ -124,6 +124,10 @@ class Part(Factor):
         joined = self.factor.beside(other.factor) if isinstance(other, Part) and self.place == other.place else None
         return None if joined is None else Part(joined, self.place)
 
+    def condensed(self) -> Factor:
+        """See `Factor.condensed`."""
+        return Part(self.factor.condensed(), self.place)
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See `Factor.weighted_sum`: written to its place."""
         values = self.factor.weighted_sum(weights)

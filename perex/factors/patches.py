@@ -10,7 +10,7 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.kernels.blocks import example_blocks
-from perex.kernels.convolution import by_group, plan, squared_norm
+from perex.kernels.convolution import by_group, multiplied_out, plan, squared_norm
 from perex.kernels.geometry import Geometry, convolved, measures, patches, weight_gradient
 from perex.kernels.plan import Plan
 
@@ -41,15 +41,9 @@ class Patches(Factor):
         """The weight's shape."""
         return self.geometry.weight_shape
 
-    def gradient(self, example: int) -> Tensor:
-        """The weight gradient of one example, `shape`."""
-        return weight_gradient(self.x[example], self.grads[example], self.geometry)
-
     def dense(self, start: int, stop: int) -> Tensor:
         """See `Factor.dense`."""
-        if start == stop:
-            return self.grads.new_zeros(0, *self.shape)
-        return torch.stack([self.gradient(b) for b in range(start, stop)])
+        return multiplied_out(self.x[start:stop], self.grads[start:stop], self.geometry)
 
     def squared_norm(self) -> Tensor:
         """See `Factor.squared_norm`."""

@@ -96,6 +96,17 @@ def grouped_calls(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     return torch.cat(parts)
 
 
+def multiplied_out(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    """$G_b$ of all examples, `(B, *weight_shape)`, in the cheaper of the two ways above."""
+    if x.numel() == 0 or grads.numel() == 0:
+        return grads.new_zeros(x.shape[0], *geometry.weight_shape)
+    one, several = _calls(x.shape, grads.shape, geometry), _grouped(x.shape, grads.shape, geometry)
+    if several is None or one.cost <= several.cost:
+        return torch.stack([weight_gradient(x[b], grads[b], geometry) for b in range(x.shape[0])])
+    ranges = example_blocks(x.shape[0], math.prod(geometry.weight_shape))
+    return torch.cat([weight_gradients(x[i:j], grads[i:j], *options_of(geometry)) for i, j in ranges])
+
+
 def _unfolded(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
     batch, groups = x[0], geometry.groups
     positions, rows, columns = measures(x, grads, geometry)
