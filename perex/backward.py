@@ -15,6 +15,7 @@ from torch import Tensor
 from perex.audit import check_losses
 from perex.capture.derived import of_parameters
 from perex.capture.forward import Forward
+from perex.capture.inputs import about
 from perex.capture.parameters import Entry, Shared
 from perex.capture.probe import Probe, same_draws, weights_of
 from perex.capture.session import Session
@@ -209,7 +210,8 @@ class Backwards:
             if self.audit:
                 self.session.auditor.check(forward, self.session.parameters)
             outputs = edges.get(forward.number, [])
-            kind = len(losses), first, forward.shapes, *((output.edge.node.name(), output.axis) for output in outputs)
+            place = about(first), about(len(losses)), further
+            kind = *place, forward.shapes, *((output.edge.node.name(), output.axis) for output in outputs)
             if self.audit and kind not in self.audited:
                 check_losses(losses, outputs, forward.batch, first)
                 new.add(kind)

@@ -171,7 +171,7 @@ def test_once_for_each_shape():
     calls: list[int] = []
     model = net(lambda m, x: calls.append(1) or m.second(m.first(x)))
     with perex.attach(model) as px:
-        for size in (B, B, B + 1, B):
+        for size in (B, B, 2 * B, B + 1):
             px.backward(model(data(size, T, D)).sum((1, 2)))
         assert len(calls) == 4 + 4 + 2
         calls.clear()

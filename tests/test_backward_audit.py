@@ -168,7 +168,7 @@ def test_module_hooks_with_a_loss():
         assert bool((px.norms() > expected).all())
         model.second.register_full_backward_hook(lambda m, gi, go: (gi[0] / len(gi[0]),))
         with pytest.raises(perex.ExamplesMixError, match="alone"):
-            px.backward(model(data(B + 1, T, D)).sin().sum((1, 2)))
+            px.backward(model(data(2 * B, T, D)).sin().sum((1, 2)))
 
 
 HARMLESS = {
@@ -401,3 +401,21 @@ def test_a_hook_that_holds_a_number():
         px._session.parameters.model(data(B, T, D)).sin().sum((1, 2)).mean().backward()
         with pytest.raises(perex.UnsupportedError, match="losses"):
             px.norms()
+
+
+def test_batches_of_about_one_size_are_looked_at_once():
+    """Poisson sampling makes ever new sizes, each of which would cost a further backward and some forwards."""
+    calls = []
+    model = net(lambda h: calls.append(len(h)) or h)
+    with perex.attach(model) as px:
+        for size in (20, 32, 17, 31, 29):  # 32 and less, more than 16
+            before = len(calls)
+            px.backward(model(data(size, T, D)).sin().sum((1, 2)))
+            assert (len(calls) == before + 1) == (size != 20)
+        before = len(calls)
+        px.backward(model(data(33, T, D)).sin().sum((1, 2)))
+        assert len(calls) > before + 1
+        px.backward(model(data(19, T + 1, D)).sin().sum((1, 2)))  # another length
+        before = len(calls)
+        px.backward(model(data(32, 32, D)).sin().sum((1, 2)))  # two dimensions of the batch's size
+        assert len(calls) > before + 1

@@ -13,6 +13,7 @@ from perex.capture.axis import Axis
 from perex.capture.checks import run_eagerly
 from perex.capture.doubts import FAINT, STRONG, WEAK
 from perex.capture.forward import Forward
+from perex.capture.inputs import kind_of
 from perex.capture.labels import Labels
 from perex.capture.nest import map_tensors, tensors_of
 from perex.capture.outputs import Output, Outputs
@@ -66,7 +67,7 @@ class Auditor:
     ) -> Record | None:
         """A record for running some examples of this batch alone, if its inputs have shapes that are new."""
         inputs = list(tensors_of((args, kwargs)))
-        forward.shapes = tuple((tuple(t.shape), t.dtype) for t in inputs), module.training
+        forward.shapes = tuple(kind_of(tensor, forward.batch) for tensor in inputs), module.training
         if not self.enabled or parameters.sharded:  # then every process would have to run as many
             return None
         unlooked = self.functions and forward.shapes not in self.looked

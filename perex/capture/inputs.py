@@ -12,6 +12,19 @@ from torch.nn.utils.rnn import PackedSequence
 from perex.capture.axis import Axis, Held, Single, arranged
 
 
+def about(size: int) -> int:
+    """The next power of two: what holds for a batch of some size is taken to hold for others of about that size.
+
+    Poisson sampling makes batches of ever new sizes; sequences of a new length, in contrast, are inputs of another kind.
+    """
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def kind_of(tensor: Tensor, batch: int) -> tuple[object, ...]:
+    """What tells inputs of one kind from others: the type, and all sizes, of which the number of examples only about."""
+    return tensor.dtype, *(-about(size) if size == batch else size for size in tensor.shape)
+
+
 def batch_size(inputs: Sequence[Tensor], batch_dim: int) -> int | None:
     """Number of examples, B: rows of the first input, or of those that it holds for each example.
 
