@@ -283,7 +283,7 @@ class Backwards:
             self.note_overflow(result, call, grads)
             forward.arrived(call, grads)
             for entry, factor in self.factors(call, saved, grads):
-                kept = factor.condensed() if result.keep else factor
+                kept = factor.condensed() if result.keep and self.keep else factor
                 forward.made(call, entry, kept)
                 result.add(forward, entry, kept)
 

@@ -13,15 +13,15 @@ from perex.capture.axis import Axis, Held, Single, arranged
 
 
 def about(size: int) -> int:
-    """The next power of two: what holds for a batch of some size is taken to hold for others of about that size.
+    """The next power of two: what was seen of a batch of some size is taken to hold for others of about that size.
 
-    Poisson sampling makes batches of ever new sizes; sequences of a new length, in contrast, are inputs of another kind.
+    Poisson sampling makes batches of ever new sizes; sequences of a new length, though, are inputs of another kind.
     """
     return 1 << max(size - 1, 0).bit_length()
 
 
 def kind_of(tensor: Tensor, batch: int) -> tuple[object, ...]:
-    """What tells inputs of one kind from others: the type, and all sizes, of which the number of examples only about."""
+    """What tells inputs of one kind from others: the type, and all sizes, that of the batch only about."""
     return tensor.dtype, *(-about(size) if size == batch else size for size in tensor.shape)
 
 
