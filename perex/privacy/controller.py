@@ -94,11 +94,16 @@ class Controller:
         """Look at backwards again."""
         self.px.resume()
 
+    overlapping = False
+    """Whether batches are sampled anew each time, so that an example may be in several."""
+
     def forbid_grad_accumulation(self) -> None:
-        """Nothing to do: clipped sums of several backwards add up."""
+        """Batches are sampled anew each time. Clipped sums of several add up; the accountant has to be told so."""
+        self.overlapping = True
 
     def allow_grad_accumulation(self) -> None:
-        """Nothing to do: clipped sums of several backwards add up."""
+        """Batches share no example."""
+        self.overlapping = False
 
     def fill(self) -> None:
         """Write each example's gradient to `p.grad_sample`, as a list where there are some already."""

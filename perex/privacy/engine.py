@@ -105,6 +105,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self._owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         controller, private, criterion, loader = super().make_private(module=module, optimizer=optimizer, **options)
         controller.optimizer = private
+        private.overlapping, private.batches = controller.overlapping, max(len(loader), 1)
         private.zero_grad()
         return module, private, criterion, loader
 

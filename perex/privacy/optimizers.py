@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from opacus.optimizers import (
@@ -30,7 +31,14 @@ class PrivateSteps:
     params: list[nn.Parameter]
     original_optimizer: Any
     _written: dict[nn.Parameter, tuple[Tensor, int]]
+    noise_multiplier: float
     _ready = False
+    _backwards = _most = 0  # since the last step; the most between two steps, skipped ones included
+    _counted = 1
+    overlapping = False
+    """Whether batches are sampled anew each time, so that an example may be in several."""
+    batches = 1
+    """How many batches there are in an epoch."""
     scaled = False
     """Whether a `GradScaler` divides gradients in place, between the backward and the step."""
 
@@ -60,6 +68,7 @@ class PrivateSteps:
     def wrote(self) -> None:
         """Take up that a private backward has added to `.grad`."""
         self._ready = True
+        self._backwards += 1
         self.remember()
 
     def remember(self) -> None:
@@ -72,6 +81,7 @@ class PrivateSteps:
             raise PrivacyError(NOT_PRIVATE)
         self.expect_none("optimizer.step()")
         self._ready = False
+        self._most, self._backwards = max(self._most, self._backwards), 0
         kept = {id(parameter) for parameter in self.params}
         for group in self.original_optimizer.param_groups:
             for parameter in group["params"]:
@@ -81,10 +91,35 @@ class PrivateSteps:
             if not hasattr(parameter, "summed_grad"):  # unfrozen since the optimizer was made
                 parameter.summed_grad = None  # type: ignore[attr-defined]
         stepped = super().pre_step()  # type: ignore[misc]
+        if stepped:
+            self._most = 0
         if not stepped:  # this physical batch is in `summed_grad` now, and must not be added again
             for parameter in self.params:
                 parameter.grad = None
         return stepped
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """How many batches a step is of: what the accountant asks, and, with one as the answer, what divides sums."""
+        return self._counted
+
+    def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
+        """Have a function called in each step: Opacus's, which tells the accountant."""
+        super().attach_step_hook(partial(PrivateSteps.tell, fn=fn))  # type: ignore[misc]
+
+    def tell(self, fn: Callable[[Any], None]) -> None:
+        r"""Tell the accountant what a step with $k$ backwards was: one of a batch $k$ times as large.
+
+        If batches are sampled anew each time, one example may be in all of them, and move the sum by $k C$: then the
+        noise is told as $\sigma / k$. That also covers a loss that is run backward twice.
+        """
+        k, sigma = max(self._most, 1), self.noise_multiplier
+        self._counted = min(k, self.batches)
+        self.noise_multiplier = sigma / k if self.overlapping else sigma
+        try:
+            fn(self)
+        finally:
+            self.noise_multiplier, self._counted = sigma, 1
 
     def accumulate(self) -> None:
         """Add `.grad` to the sum of the logical batch; the first one is taken as it is, for it is not used again."""
@@ -100,7 +135,7 @@ class PrivateSteps:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the sum of clipped ones unless the logical batch goes on."""
         super().zero_grad(set_to_none)  # type: ignore[misc]
-        self._ready = False
+        self._ready, self._backwards = False, 0
         self.remember()
 
 
