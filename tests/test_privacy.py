@@ -200,26 +200,32 @@ def test_transformers_as_they_come(name):
     if tokens:
         y[:, -1] = 1
 
-    def logits_and_targets(model: nn.Module, rows: slice) -> tuple[Tensor, Tensor]:
+    def logits_and_targets(model: nn.Module, rows: Any) -> tuple[Tensor, Tensor]:
         out, own = model(**{name: x[rows] for name, x in inputs.items()}).logits, y[rows]
         return (out.view(-1, out.shape[-1]), own.reshape(-1)) if tokens else (out, own)
 
-    expected: Any = 0
+    clipped = []
     for b in range(B):
         alone = copy.deepcopy(model)
         F.cross_entropy(*logits_and_targets(alone, slice(b, b + 1))).backward()
         vector = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in alone.parameters()])
-        expected = expected + vector * min(1.0, C / float(vector.norm()))
+        clipped.append(vector * min(1.0, C / float(vector.norm())))
     kind = type(model)
     with no_trace(model, versions=False):
         private_model, optimizer, criterion, _ = private(model, nn.CrossEntropyLoss())
         assert private_model is model and type(private_model) is kind
-        criterion(*logits_and_targets(model, slice(0, B))).backward()
-        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found = []
+        for rest in (range(B), *([k for k in range(B) if k != b] for b in range(B))):
+            optimizer.zero_grad()
+            criterion(*logits_and_targets(model, torch.tensor(rest))).backward()
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         for parameter in model.parameters():
             del parameter.summed_grad
         detach(model)
-    torch.testing.assert_close(found, expected)
+    whole, *without = found
+    torch.testing.assert_close(whole, sum(clipped))
+    moves = [float((whole - rest).norm()) for rest in without]
+    assert 0.1 * C < max(moves) <= C * (1 + 1e-9), moves
 
 
 def detach(model: nn.Module) -> None:

@@ -38,14 +38,14 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(B, 4, dtype=torch.float64, generator=generator), torch.arange(B) % 3
 
 
-def trained(model: nn.Module, rank: int, noise: float = 0.0, steps: int = 2) -> None:
+def trained(model: nn.Module, rank: int, noise: float = 0.0, steps: int = 2, memory: Any = "high") -> None:
     """Two steps, of which the second is from where the first led; on this rank's half of the batch."""
     x, y = batch()
     own = slice(rank * B // WORLD, (rank + 1) * B // WORLD)
     loader = DataLoader(TensorDataset(x, y), batch_size=B)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        engine = PrivacyEngine(accountant="rdp")
+        engine = PrivacyEngine(accountant="rdp", memory=memory)
         model, optimizer, criterion, _ = engine.make_private(
             module=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), data_loader=loader,
             criterion=nn.CrossEntropyLoss(), noise_multiplier=noise, max_grad_norm=C, poisson_sampling=False,
@@ -78,32 +78,34 @@ def same(model: nn.Module) -> None:
         torch.testing.assert_close(whole.detach(), expected.detach())
 
 
-def ddp_case(rank: int, kind: str) -> None:
+def ddp_case(rank: int, kind: str, memory: str) -> None:
     model = net()
     wrapped = DistributedDataParallel(model) if kind == "torch" else DifferentiallyPrivateDistributedDataParallel(model)
-    trained(wrapped, rank)
+    trained(wrapped, rank, memory=memory)
     same(model)
 
 
+@pytest.mark.parametrize("memory", ["high", "low"])
 @pytest.mark.parametrize("kind", ["torch", "opacus"])
-def test_ddp(ranks, kind):
-    ranks(ddp_case, kind)
+def test_ddp(ranks, kind, memory):
+    ranks(ddp_case, kind, memory)
 
 
-def sharded_case(rank: int, blocks: bool) -> None:
+def sharded_case(rank: int, blocks: bool, memory: str) -> None:
     model = net()
     if blocks:
         for layer in (model[0], model[2]):
             fully_shard(layer)
     fully_shard(model)
-    trained(model, rank)
+    trained(model, rank, memory=memory)
     same(model)
 
 
+@pytest.mark.parametrize("memory", ["high", "low"])
 @pytest.mark.parametrize("blocks", [False, True])
-def test_fsdp(ranks, blocks):
+def test_fsdp(ranks, blocks, memory):
     """Seven rows on two processes: the shards are of different sizes."""
-    ranks(sharded_case, blocks)
+    ranks(sharded_case, blocks, memory)
 
 
 def noisy_case(rank: int) -> list[Tensor]:
