@@ -15,15 +15,29 @@ def run(*command: object) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+ONE = ("--only", "MLP 784-256-*", "--sweeps", "--rounds", 2)
+
+
 def test_one_model_and_its_page(tmp_path):
     results, page = tmp_path / "speed.json", tmp_path / "benchmarks.md"
-    run(FOLDER / "run.py", "--only", "MLP 784-256-*", "--sweeps", "--rounds", 2, "--ways", "[!lvB]*", "--out", results)
-    (row,) = json.loads(results.read_text())["rows"]
-    cells = row["cells"]
+    run(FOLDER / "run.py", *ONE, "--ways", "[pf]*", "--out", results)
+    found = json.loads(results.read_text())
+    (norms,), (private,) = found["norms"], found["private"]
+    cells = norms["cells"]
     assert cells["perex"]["status"] == cells["perex, .grad"]["status"] == "exact"
     assert all(cells[way]["ratio"] > 0 and cells[way]["bytes"] > 0 for way in ("plain", "floor", "perex"))
+    cells = private["cells"]
+    assert cells["perex"]["error"] < 1e-5 and cells["perex, low"]["error"] < 1e-5
     run(FOLDER / "page.py", results, "--out", page)
-    assert "| MLP 784-256-256-10 (256) |" in page.read_text() and (tmp_path / "images" / "benchmarks.png").exists()
+    assert page.read_text().count("| MLP 784-256-256-10 (256) |") == 2 * 4
+    assert (tmp_path / "images" / "benchmarks.png").exists()
+
+
+def test_what_opacus_is_timed_at_is_private_too(tmp_path):
+    results = tmp_path / "speed.json"
+    run(FOLDER / "run.py", *ONE, "--suite", "private", "--ways", "Opacus*", "--no-memory", "--out", results)
+    (row,) = json.loads(results.read_text())["private"]
+    assert {row["cells"][way]["status"] for way in ("Opacus, hooks", "Opacus, ghost")} == {"exact"}
 
 
 def test_the_benchmark_for_gpus_runs_on_a_cpu(tmp_path):

@@ -5,7 +5,8 @@
     python benchmarks/speed/run.py --sweeps                           batch, length and width, too
     python benchmarks/speed/run.py --device cuda --dtype bfloat16
 
-Each round runs all ways once, so that a busy moment of the machine hits all alike. A cell holds the median of its
+Two suites: norms, beside a plain forward and backward; and private steps, beside plain ones with SGD. Each round runs
+all ways once, so that a busy moment of the machine hits all alike. A cell holds the median of its
 ratios over plain in the same round, their quartiles, the peak memory of a fresh process, and the worst relative
 error against the loop in float64. Results go to benchmarks/results/, with the machine they are of.
 """
@@ -23,16 +24,38 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from models import TABLE, Case, cnn, gpt, mlp
+from private import PRIVATE, clipped
+from torch import Tensor, nn
 from ways import SLOW, WAYS, Step, Unsupported, exact
 
 ROOT = Path(__file__).resolve().parents[2]
 WRONG = 1e-2  # in float32; half precision is given a tenth
+
+
+class Suite(NamedTuple):
+    """Ways to the same numbers.
+
+    Attributes:
+        ways: by name, `plain` first, which the times of all are set against.
+        truth: the numbers, by a loop in float64.
+        error: how far those of a way are from them.
+    """
+
+    ways: dict[str, Callable[..., Step]]
+    truth: Callable[[Case, nn.Module, Tensor, Tensor], Tensor]
+    error: Callable[[Tensor, Tensor], Tensor]
+
+
+SUITES = {
+    "norms": Suite(WAYS, exact, lambda found, truth: ((found - truth).abs() / truth).max()),
+    "private": Suite(PRIVATE, clipped, lambda found, truth: (found - truth).norm() / truth.norm()),
+}
 
 
 def sweeps() -> list[Case]:
@@ -42,12 +65,12 @@ def sweeps() -> list[Case]:
     return [*batches, *lengths, *(mlp(width) for width in (256, 512, 2048))]
 
 
-def set_up(case: Case, way: str, device: str, dtype: torch.dtype) -> Step:
+def set_up(suite: Suite, case: Case, way: str, device: str, dtype: torch.dtype) -> Step:
     """A step of one way, on a model of its own."""
     model, x, y = case.build()
     model, y = model.to(device, dtype), y.to(device)
     x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
-    return WAYS[way](case, model, x, y)
+    return suite.ways[way](case, model, x, y)
 
 
 def seconds(step: Step, device: str) -> float:
@@ -65,19 +88,21 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(case: Case, ways: Sequence[str], rounds: int, device: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def timed(
+    suite: Suite, case: Case, ways: Sequence[str], rounds: int, device: str, dtype: torch.dtype
+) -> dict[str, dict[str, Any]]:
     """Cells of one model: ratios over plain, and errors."""
     model, x, y = case.build()
-    truth = exact(case, model, x, y)
+    truth = suite.truth(case, model, x, y)
     steps: dict[str, Step] = {}
     cells: dict[str, dict[str, Any]] = {}
     for way in ways:
         try:
-            steps[way] = set_up(case, way, device, dtype)
+            steps[way] = set_up(suite, case, way, device, dtype)
             found = steps[way]()
             cells[way] = {}
             if found is not None:
-                error = float(((found.cpu().double() - truth).abs() / truth).max())
+                error = float(suite.error(found.cpu().double(), truth))
                 limit = WRONG if dtype == torch.float32 else 0.1
                 cells[way] = {"error": error, "status": "exact" if error < limit else "wrong"}
             seconds(steps[way], device)  # warm
@@ -104,9 +129,9 @@ def timed(case: Case, ways: Sequence[str], rounds: int, device: str, dtype: torc
     return cells
 
 
-def peak(case: Case, way: str, device: str, dtype: torch.dtype) -> int:
+def peak(suite: Suite, case: Case, way: str, device: str, dtype: torch.dtype) -> int:
     """Bytes that three steps of one way take beyond what was there, in this process."""
-    step = set_up(case, way, device, dtype)
+    step = set_up(suite, case, way, device, dtype)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -124,9 +149,10 @@ def resident(name: str) -> int:
     return int(lines[name].split()[0]) * 1024
 
 
-def fresh_peak(case: Case, way: str, options: argparse.Namespace) -> int | None:
+def fresh_peak(suite: str, case: Case, way: str, options: argparse.Namespace) -> int | None:
     """The same in a fresh process."""
-    command = [sys.executable, __file__, "--peak", case.name, way, "--device", options.device, "--dtype", options.dtype]
+    command = [sys.executable, __file__, "--peak", suite, case.name, way]
+    command += ["--device", options.device, "--dtype", options.dtype]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else None
 
@@ -151,36 +177,39 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time and memory beside plain training and the peers.")
     parser.add_argument("--only", default="*", help="models, as a glob")
+    parser.add_argument("--suite", default="*", help="norms or private, as a glob")
     parser.add_argument("--ways", default="*", help="ways, as a glob")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--sweeps", action="store_true", help="other batches, lengths and widths, too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--no-memory", action="store_true", help="leave out the fresh processes")
-    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "WAY"), help="print the peak memory of one cell")
+    parser.add_argument("--peak", nargs=3, metavar=("SUITE", "MODEL", "WAY"), help="print the peak memory of one cell")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     dtype = getattr(torch, options.dtype)
     cases = {case.name: case for case in [*TABLE, *sweeps()]}
     if options.peak:
-        print(peak(cases[options.peak[0]], options.peak[1], options.device, dtype))
+        suite, case, way = options.peak
+        print(peak(SUITES[suite], cases[case], way, options.device, dtype))
         return
     wanted = list(cases.values()) if options.sweeps else TABLE
-    ways = [way for way in WAYS if way == "plain" or fnmatch.fnmatch(way, options.ways)]
-    rows = []
-    for case in wanted:
-        if not fnmatch.fnmatch(case.name, options.only):
-            continue
-        cells = timed(case, ways, options.rounds, options.device, dtype)
-        for way, cell in cells.items():
-            if "ms" in cell and not options.no_memory:
-                cell["bytes"] = fresh_peak(case, way, options)
-        rows.append({"model": case.name, "cells": cells})
-        summary = ", ".join(f"{way} {cell['ratio']:.2f}" if "ratio" in cell else f"{way} {cell['status']}"
-                            for way, cell in cells.items())  # fmt: skip
-        print(f"{case.name}: plain {cells['plain']['ms']:.1f} ms; {summary}", flush=True)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, suite in SUITES.items():
+        ways = [way for way in suite.ways if way == "plain" or fnmatch.fnmatch(way, options.ways)]
+        for case in wanted if fnmatch.fnmatch(name, options.suite) else []:
+            if not fnmatch.fnmatch(case.name, options.only):
+                continue
+            cells = timed(suite, case, ways, options.rounds, options.device, dtype)
+            for way, cell in cells.items():
+                if "ms" in cell and not options.no_memory:
+                    cell["bytes"] = fresh_peak(name, case, way, options)
+            rows.setdefault(name, []).append({"model": case.name, "cells": cells})
+            summary = ", ".join(f"{way} {cell['ratio']:.2f}" if "ratio" in cell else f"{way} {cell['status']}"
+                                for way, cell in cells.items())  # fmt: skip
+            print(f"{name}, {case.name}: plain {cells['plain']['ms']:.1f} ms; {summary}", flush=True)
     out = options.out or ROOT / "benchmarks" / "results" / f"speed-{datetime.date.today()}-{options.device}.json"
-    out.write_text(json.dumps({"about": about(options), "rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({"about": about(options), **rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
