@@ -311,5 +311,24 @@ def test_statistics_of_a_pool(tmp_path):
     assert saved["p"].shape == (10, 5) and saved["val"].tolist() == scores.extra["val"].tolist()
     scores.to_csv(tmp_path / "s.csv")
     assert (tmp_path / "s.csv").read_text().startswith("id,loss,norm,val,val/cosine,p/0,p/1")
-    with pytest.raises(perex.PerexError, match="Gram: a pool goes by in batches"):
-        perex.score(model, (x, y), nn.CrossEntropyLoss(), quantities={"k": perex.Gram()}, progress=False)
+
+
+@pytest.mark.parametrize("memory", ["whole batches", "examples"])
+def test_all_pairs_of_a_pool(memory):
+    """In batches of three, in an order of a sampler's own; every pair in its place."""
+    torch.manual_seed(3)
+    model, x, y = net(), torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    rows = []
+    for b in range(8):
+        loss = nn.functional.cross_entropy(model(x[b : b + 1]), y[b : b + 1])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    whole = torch.stack(rows) @ torch.stack(rows).T
+    order, gram = [5, 2, 7, 0, 1, 6, 3, 4], perex.Gram()
+    size = 3 if memory == "whole batches" else 1
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=size, sampler=order)
+    for _ in range(2):  # the second pool knows nothing of the first
+        scores = perex.score(model, loader, nn.CrossEntropyLoss(), quantities={"k": gram}, progress=False)
+        torch.testing.assert_close(scores.extra["k"], whole)
+    torch.testing.assert_close(scores.norms.square(), whole.diagonal())
+    best = scores.top(3)
+    assert torch.equal(best.extra["k"], scores.extra["k"][best.ids])  # beside the whole pool

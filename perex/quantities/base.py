@@ -28,9 +28,11 @@ class Quantity(ABC):
         degree: how it grows with the gradients: 1 for what is linear in each example's gradient, 2 for squares and
             products of two. Gradients are of the mean of losses that was run backward, or of a scaled one; by `degree`,
             values are made those of each example's own loss. 0 leaves them as they are.
+        keeps: whether `columns` reads `px.gradients()`, so that `perex.score` has to keep these.
     """
 
     degree: int
+    keeps: bool = False
 
     @abstractmethod
     def reduce(self, name: str, gradient: Total) -> Tensor | None:
@@ -63,6 +65,18 @@ class Quantity(ABC):
             Tensors `(B, ...)`; the key is what follows the quantity's name in the name of the column, if anything.
         """
         return {"": px.read(self)}
+
+    def pooled(self, batches: Sequence[Tensor], order: Tensor) -> Tensor:
+        """What `perex.score` makes of one column, when the pool has gone by.
+
+        Args:
+            batches: what `columns` said of each batch.
+            order: the place of each example of the data among those of the batches, `(N,)`.
+
+        Returns:
+            Tensor `(N, ...)`, in the order of the data.
+        """
+        return torch.cat(list(batches))[order]
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Values of further examples, from several forwards before one backward, as those of one batch."""

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from perex.errors import ArgumentError, NotReadyError
+from perex.errors import NotReadyError
 from perex.factors import Total
 from perex.quantities.base import Quantity
 
 if TYPE_CHECKING:
+    from perex.gradients import Gradients
     from perex.tracker import Tracker
 
 
 class Gram(Quantity):
     r"""$K_{bc} = \langle g_b, g_c \rangle$ for all pairs of examples in the batch: the empirical tangent kernel.
 
-    Pairs of two batches: `px.gradients().gram(others)`, with `others` the `px.gradients()` of an earlier backward.
+    Pairs of two batches: `px.gradients().gram(others)`, with `others` the `px.gradients()` of an earlier backward. In
+    `perex.score` it is `(N, N)`, of the whole pool, and the layers' inputs and output gradients of all of it are held
+    until then: for pools that are too large for this, `perex.Projections` estimates it.
 
     Example:
         >>> import torch, perex
@@ -31,17 +35,35 @@ class Gram(Quantity):
     """
 
     degree = 2
+    keeps = True
 
     def reduce(self, name: str, gradient: Total) -> Tensor:
         """See `Quantity.reduce`: `(B, B)`."""
         return gradient.pairs(gradient)
 
+    def attached(self, model: nn.Module, tracked: Mapping[str, nn.Parameter]) -> None:
+        """See `Quantity.attached`: a new pool begins."""
+        super().attached(model, tracked)
+        self._pool: list[Gradients] = []
+
     def columns(self, px: Tracker) -> dict[str, Tensor]:
-        """Pairs of examples of two batches of a pool are not met."""
-        raise ArgumentError(
-            "Gram: a pool goes by in batches, and pairs of examples of two of them are not met. Score the pool with "
-            "perex.Projections: their inner products estimate all of it"
-        )
+        """See `Quantity.columns`: products with all examples of a pool so far, `(B, n)`."""
+        gradients = px.gradients()
+        blocks = [gradients.gram(earlier) for earlier in self._pool]
+        self._pool.append(gradients)
+        return {"": torch.cat([*blocks, px.read(self)], 1)}
+
+    def pooled(self, batches: Sequence[Tensor], order: Tensor) -> Tensor:
+        """See `Quantity.pooled`: all pairs, `(N, N)`."""
+        self._pool.clear()
+        count = len(order)
+        whole = torch.cat([nn.functional.pad(rows, (0, count - rows.shape[1])) for rows in batches])
+        first = 0
+        for rows in batches:  # what is above the blocks on the diagonal, by symmetry
+            last = first + len(rows)
+            whole[:first, first:last] = whole[first:last, :first].T
+            first = last
+        return whole[order][:, order]
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Pairs of examples of two forwards were never met."""

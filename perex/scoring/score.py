@@ -25,6 +25,7 @@ from perex.scoring.state import Mode, frozen, prepared
 from perex.tracker import Tracker
 
 Step = Callable[[nn.Module, Any], Tensor]
+Further = dict[str, tuple[Quantity, Tensor]]  # columns of a batch, each with whose it is
 Compute = Callable[[nn.Module, Any, int | None], Tensor]  # model, batch and B if known, to losses (B,)
 
 
@@ -117,12 +118,13 @@ def score(
 
     further = dict(quantities or {})
     columns = _Columns()
+    memory: Any = "high" if any(quantity.keeps for quantity in further.values()) else "none"
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         prepared(model, mode, home if device is not None else None),
         frozen(loss_fn),
-        attach(model, *further.values(), params=params, param_grads=False, audit=audit, memory="none") as px,
+        attach(model, *further.values(), params=params, param_grads=False, audit=audit, memory=memory) as px,
         _bar(progress, pool.size) as advance,
     ):
         for positions, batch in pool.batches:
@@ -191,11 +193,9 @@ class _Columns:
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.parts: dict[str, list[Tensor]] = {}
-        self.extra: dict[str, list[Tensor]] = {}
+        self.extra: dict[str, tuple[Quantity, list[Tensor]]] = {}
 
-    def add(
-        self, positions: Sequence[int] | None, losses: Tensor, norms: Any, parts: Any, extra: dict[str, Tensor]
-    ) -> None:
+    def add(self, positions: Sequence[int] | None, losses: Tensor, norms: Any, parts: Any, extra: Further) -> None:
         """Append a batch; a part that is missing from some batch has no gradient there: norm zero."""
         size = len(losses)
         zeros = torch.zeros_like(norms, device="cpu")
@@ -206,8 +206,8 @@ class _Columns:
             self.parts.setdefault(name, [zeros.new_zeros(self.count)])
         for name, chunks in self.parts.items():
             chunks.append(parts.get(name, zeros))
-        for name, values in extra.items():
-            self.extra.setdefault(name, []).append(values.detach().cpu())
+        for name, (quantity, values) in extra.items():
+            self.extra.setdefault(name, (quantity, []))[1].append(values.detach().cpu())
         counted = range(self.count, self.count + size)
         self.positions.append(np.array(counted if positions is None else positions))
         self.losses.append(losses.to("cpu", torch.promote_types(losses.dtype, torch.float32)))
@@ -221,16 +221,16 @@ class _Columns:
         rows = torch.from_numpy(order)
         ids = positions[order] if names is None else names[positions[order]]
         parts = {name: torch.cat(chunks)[rows] for name, chunks in self.parts.items()}
-        extra = {name: torch.cat(chunks)[rows] for name, chunks in self.extra.items()}
+        extra = {name: quantity.pooled(chunks, rows) for name, (quantity, chunks) in self.extra.items()}
         return Scores(ids, torch.cat(self.losses)[rows], torch.cat(self.norms)[rows], parts, extra)
 
 
-def further_columns(px: Tracker, quantities: Mapping[str, Quantity]) -> dict[str, Tensor]:
+def further_columns(px: Tracker, quantities: Mapping[str, Quantity]) -> Further:
     """What the further statistics say of a batch, `(B, ...)` each, by the name of its column."""
-    found: dict[str, Tensor] = {}
+    found: Further = {}
     for name, quantity in quantities.items():
-        columns = quantity.columns(px)
-        found.update((f"{name}/{rest}" if rest else name, values) for rest, values in columns.items())
+        for rest, values in quantity.columns(px).items():
+            found[f"{name}/{rest}" if rest else name] = quantity, values
     return found
 
 
