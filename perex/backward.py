@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from perex.capture.session import Session
 from perex.capture.suspects import SINK, nodes
 from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor, Few
+from perex.gradients import tensors_of
 from perex.kernels.strategies import Preferences, preferring
 from perex.quantities import Quantity
 from perex.result import Result
@@ -82,6 +83,7 @@ class Backwards:
         self.taking: Callable[[Forward, Entry, Factor], None] | None = None  # who gets factors of a second run
         self.audited: set[tuple[object, ...]] = set()
         self.blanks = 0
+        self.sharing = param_grads  # whether taps may give gradients along with norms
         self.latest: Forward | None = None
         self.pending: list[weakref.ref[Forward]] = []
         self.result: Result | None = None
@@ -245,17 +247,25 @@ class Backwards:
 
     # What capture hands over
 
-    def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        """An output gradient of a call has arrived: reduce or keep its factors."""
+    def receive(
+        self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], sums: Sequence[str]
+    ) -> Mapping[str, Tensor]:
+        """An output gradient of a call has arrived: reduce or keep its factors.
+
+        Returns:
+            The gradients of the parameters that `sums` names.
+        """
         forward = call.forward
+        if self.sharing and torch.is_grad_enabled():
+            self.stop_sharing(call)
         if self.probe is not None:
             self.probe.receive(call, grads)
         if self.looking:
-            return
+            return {slot: factor.summed() for slot, _, factor in self.factors(call, saved, grads) if slot in sums}
         if self.taking is not None:
-            for entry, factor in self.factors(call, saved, grads):
+            for _, entry, factor in self.factors(call, saved, grads):
                 self.taking(forward, entry, factor)
-            return
+            return {}
         result = self.open(forward)
         if self.session.closed:
             why = "perex was detached between the forward and the backward: run the backward before detaching"
@@ -276,21 +286,58 @@ class Backwards:
                     "forward: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
                 )
             )
-            return
+            return {}
         if any(grad is not None and axis.stray(grad) for grad, axis in zip(grads, call.out_axes, strict=True)):
             result.refuse(UnsupportedError(STRAY.format(call.where, call.name)))
         with torch.no_grad():
             self.note_overflow(result, call, grads)
             forward.arrived(call, grads)
-            for entry, factor in self.factors(call, saved, grads):
+            found: dict[str, Tensor] = {}
+            for slot, entry, factor in self.factors(call, saved, grads):
                 kept = factor.condensed() if result.keep and self.keep else factor
+                if slot in sums and kept is factor:
+                    kept.summing = True
                 forward.made(call, entry, kept)
                 result.add(forward, entry, kept)
+                if slot in sums:
+                    found[slot] = kept.summed()
+                elif self.param_grads and slot not in call.sharing and self.may_share(call, slot, factor):
+                    call.sharing.add(slot)
+            return found
+
+    def may_share(self, call: Call, slot: object, factor: Factor) -> bool:
+        """Whether the gradient of a parameter is to come with its norm from the next forward on, being cheaper so.
+
+        On CPUs: on GPUs norms come from kernels that keep nothing else.
+        """
+        source = call.slots[slot]
+        if (
+            not self.sharing
+            or not isinstance(source, Entry)
+            or call.forward.uses[source] != 1
+            or self.preferences.names
+        ):
+            return False
+        own = source.parameter.dtype, "cpu"
+        return all((t.dtype, t.device.type) == own for t in tensors_of(factor)) and factor.sums_cheaply()
+
+    def stop_sharing(self, call: Call) -> None:
+        """A gradient is to be differentiated again: from now on, operators read parameters with their graph."""
+        self.sharing = False
+        for known in self.session.memo.known.values():
+            if known.call is not None:
+                known.call.sharing.clear()
+        if call.summed:
+            raise UnsupportedError(
+                f"backward with create_graph=True: module '{call.where}' ran with parameters that have no graph, since "
+                "earlier backwards needed none, and perex gave their gradients along with the norms. From now on they "
+                "have one: run the forward and this backward again"
+            )
 
     def factors(
         self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Iterator[tuple[Entry, Factor]]:
-        """The gradients that a call brings, by parameter; whoever takes them computes under the same settings."""
+    ) -> Iterator[tuple[Any, Entry, Factor]]:
+        """The gradients that a call brings, by slot and parameter; whoever takes them computes in the same settings."""
         device = saved[0].device.type if saved else "cpu"
         with torch.no_grad(), without_autocast(device), preferring(self.preferences):
             captured = Captured(call, saved, grads)
@@ -298,7 +345,7 @@ class Backwards:
             for slot, source in call.slots.items():
                 factor = check_factor(call, slot, found.get(slot), captured.batch)
                 for entry, part in of_parameters(source, factor):
-                    yield entry, part if call.examples is None else Few(part, call.examples, call.forward.batch)
+                    yield slot, entry, part if call.examples is None else Few(part, call.examples, call.forward.batch)
 
     def changed(self) -> None:
         """A module's gradient hook has changed a gradient."""

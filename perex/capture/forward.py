@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,8 +33,10 @@ class Receiver(Protocol):
     def untapped(self, name: str) -> None:
         """A gradient reached a parameter from a use that nobody saw."""
 
-    def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        """An output gradient of a call has arrived."""
+    def receive(
+        self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], sums: Sequence[str]
+    ) -> Mapping[str, Tensor]:
+        """An output gradient of a call has arrived; what is wanted back are some parameters' gradients."""
 
     def changed(self) -> None:
         """A module's gradient hook has changed a gradient."""
@@ -160,9 +162,11 @@ class Forward:
         assert use.factors is not None
         use.factors.append((entry, outline(factor)))
 
-    def receive(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    def receive(
+        self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], sums: Sequence[str]
+    ) -> Mapping[str, Tensor]:
         """Hand on what a tap got."""
-        self.receiver.receive(call, saved, grads)
+        return self.receiver.receive(call, saved, grads, sums)
 
     def hook_changed(self) -> None:
         """A module's gradient hook has changed a gradient."""

@@ -91,6 +91,10 @@ class Meeting:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         entries = [parameters.entries.get(id(tensor)) for tensor in tensors]
         values = [t if e is None else self.value(e) for t, e in zip(tensors, entries, strict=True)]
+        summed = self.shares_sums(known)
+        for name in summed:
+            number = known.numbers[name]  # type: ignore[index]
+            values[number] = values[number].detach()
         given = iter(values)
         run_args = [next(given) if isinstance(value, Tensor) else value for value in args]
         run_kwargs = {name: next(given) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
@@ -105,8 +109,26 @@ class Meeting:
             where=self.refuse.where(),
             slots=slots,
             shapes=[tensor.shape for tensor in tensors],
+            summed=summed,
         )
-        return self.tap(call, out, [values[i].detach() if entries[i] is not None else values[i] for i in call.kept])
+        saved = [values[i].detach() if entries[i] is not None else values[i] for i in call.kept]
+        return self.tap(call, out, saved, [parameters.read(slots[name]) for name in summed])
+
+    def shares_sums(self, known: Known) -> tuple[str, ...]:
+        """Of which parameters a call is to leave the gradient to its tap, because the norm brings it along.
+
+        Autograd computes it where another dtype is computed in, where what is saved is counted or moved (checkpoints),
+        where parameters are shards, and where running the operator again would take more than is kept.
+        """
+        call, parameters = known.call, self.labels.parameters
+        if call is None or not call.sharing or not parameters.param_grads or parameters.sharded:
+            return ()
+        if self.forward.recomputed or sparing() or torch.is_autocast_enabled("cpu"):
+            return ()
+        assert known.numbers is not None
+        if {*call.kept, *known.numbers.values()} != set(range(len(call.axes))):
+            return ()
+        return tuple(sorted(call.sharing))
 
     def value(self, entry: Entry) -> Tensor:
         """What an operator reads in place of a parameter: detached where its gradient is not wanted from autograd."""
@@ -185,7 +207,7 @@ class Meeting:
         call.kept = sorted({ref.number for ref in saved if isinstance(ref, Ref)})
         return call
 
-    def tap(self, call: Call, out: Any, saved: list[Tensor]) -> Any:
+    def tap(self, call: Call, out: Any, saved: list[Tensor], aliases: Sequence[Tensor] = ()) -> Any:
         """Put a tap behind the results of a call."""
         self.latest = call
         out_axes = call.out_axes
@@ -200,7 +222,7 @@ class Meeting:
         if not produced:  # a named result, as `torch.max` has
             produced = list(out)
         self.forward.half = self.forward.half or any(tensor.dtype == torch.float16 for tensor in produced)
-        tapped = Tap.apply(call, saved, self.forward.sentinel, *produced)
+        tapped = Tap.apply(call, saved, self.forward.sentinel, *aliases, *produced)
         for tensor, axis in zip(tapped, out_axes, strict=True):
             self.labels.mark(tensor, axis)
         return type(out)(tapped) if template is out else unpack(template, tapped)

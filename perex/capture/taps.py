@@ -7,6 +7,7 @@ returned a view, and autograd still notices an in-place change that would spoil 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,29 +27,38 @@ class Tap(torch.autograd.Function):
     What the rule needs again is kept with `save_for_backward`, so checkpointing recomputes it, in-place
     changes are noticed, and memory goes as the backward goes. `sentinel` is an input that requires grad, so
     that the output does too when weights are detached; it also tells a full backward from one that is
-    restricted to some inputs.
+    restricted to some inputs. `aliases` stand for parameters that the operator read detached: their gradients come from
+    the tracker, which has them anyway.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, call: Call, saved: list[Tensor], sentinel: Tensor, *outputs: Tensor
+        ctx: FunctionCtx, call: Call, saved: list[Tensor], sentinel: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return the outputs as they are."""
+        """Return the outputs, which come behind the aliases, as they are."""
         ctx.call = call  # type: ignore[attr-defined]
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        return tuple(output.detach() for output in outputs)
+        return tuple(output.detach() for output in tensors[len(call.summed) :])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Pass the gradients on, after the tracker has seen them."""
+        call: Call = ctx.call
+        sums: Mapping[str, Tensor] = {}
         if any(grad is not None for grad in grads):
-            call: Call = ctx.call
-            call.forward.receive(call, ctx.saved_tensors, grads)
+            nodes = ctx.next_functions[1 : 1 + len(call.summed)]
+            wanted = [n for n, (node, _) in zip(call.summed, nodes, strict=True) if will_run(node)]
+            sums = call.forward.receive(call, ctx.saved_tensors, grads, wanted)
             if torch.is_grad_enabled():  # create_graph=True
                 sentinel = call.forward.sentinel
                 grads = tuple(g if g is None else Second.apply(call, sentinel, g) for g in grads)
-        return None, None, None, *grads
+        return None, None, None, *(sums.get(name) for name in call.summed), *grads
+
+
+def will_run(node: Any) -> bool:
+    """Whether the running backward goes through an operator."""
+    return node is not None and bool(torch._C._will_engine_execute_node(node))
 
 
 class Second(torch.autograd.Function):

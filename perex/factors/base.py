@@ -13,6 +13,9 @@ from torch import Tensor
 from perex.kernels.blocks import block_size, example_blocks
 from perex.kernels.plan import Plan
 
+WORTH_SHARING = 2**22
+"""How many multiply-adds a weight gradient has to have for its sum to be taken over from autograd."""
+
 
 class Factor(ABC):
     r"""The gradients $G_b$ of one parameter, one for each example $b$ of a batch, not multiplied out.
@@ -24,6 +27,9 @@ class Factor(ABC):
 
     batch: int
     shape: torch.Size
+    summing: bool = False
+    """Whether the sum over examples is wanted too, so that `squared_norm` is to leave it in `total`."""
+    total: Tensor | None = None
 
     @abstractmethod
     def dense(self, start: int, stop: int) -> Tensor:
@@ -44,6 +50,29 @@ class Factor(ABC):
     def plan(self) -> Plan | None:
         """How `squared_norm` is computed and what it costs, by shapes alone; None where that is not known."""
         return None
+
+    def summed_plan(self) -> Plan | None:
+        """What `squared_norm` costs if it leaves the sum over examples; None where it does not."""
+        return None
+
+    def sums_cheaply(self) -> bool:
+        """Whether norms and sum are cheaper together, by multiplying out, than each in its own way; on CPUs."""
+        together, norms, product = self.summed_plan(), self.plan(), self.dense_flops() // 2
+        if together is None or norms is None or product < WORTH_SHARING:
+            return False
+        return together.cost < norms.cost + product
+
+    def summed(self) -> Tensor:
+        r"""$\sum_b G_b$, if `squared_norm` has left it there, or else multiplied out.
+
+        Returns:
+            Tensor `shape`.
+        """
+        total, self.total = self.total, None
+        if total is not None:
+            return total
+        device = next((value.device for value in vars(self).values() if isinstance(value, Tensor)), None)
+        return self.weighted_sum(torch.ones(self.batch, device=device))
 
     def dense_flops(self) -> int:
         """Operations to multiply out the whole batch."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
-from perex.kernels.outer import squares
+from perex.kernels.outer import whole_squares
 from perex.kernels.plan import Plan
 
 
@@ -41,7 +40,7 @@ class Dense(Factor):
 
     def squared_norm(self) -> Tensor:
         """See `Factor.squared_norm`."""
-        return squares(self.values.reshape(self.batch, math.prod(self.shape)), 1)
+        return whole_squares(self.values.unsqueeze(1) if self.values.dim() == 1 else self.values)
 
     def plan(self) -> Plan:
         """See `Factor.plan`."""

@@ -25,6 +25,7 @@ class Outer(Factor):
     left: Tensor
     right: Tensor
     shape: torch.Size
+    summing: bool = False
 
     @property
     def batch(self) -> int:  # type: ignore[override]
@@ -37,11 +38,21 @@ class Outer(Factor):
 
     def squared_norm(self) -> Tensor:
         """See `Factor.squared_norm`."""
+        if self.summing:
+            norms, total = kernel.summed(self.left, self.right)
+            self.total = total.reshape(self.shape)
+            return norms
         return kernel.squared_norm(self.left.unsqueeze(1), self.right.unsqueeze(1))
 
     def plan(self) -> Plan:
         """See `Factor.plan`."""
+        if self.summing:
+            return self.summed_plan()
         return kernel.plan(self.left.unsqueeze(1).shape, self.right.unsqueeze(1).shape)
+
+    def summed_plan(self) -> Plan:
+        """See `Factor.summed_plan`."""
+        return kernel.summed_plan(self.left.unsqueeze(1).shape, self.right.unsqueeze(1).shape)
 
     def dense_flops(self) -> int:
         """See `Factor.dense_flops`."""

@@ -73,6 +73,8 @@ def outline(factor: Factor) -> Outline:
         return Outline(kind, {})
     fields: dict[str, Any] = {}
     for name, value in vars(factor).items():
+        if name == "total":  # no argument of its own, but what its norm has left
+            continue
         if isinstance(value, Tensor):
             value = Spec(value.shape, value.dtype, value.device.type)
         elif isinstance(value, Factor):

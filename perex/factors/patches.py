@@ -10,7 +10,7 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.kernels.blocks import example_blocks
-from perex.kernels.convolution import by_group, multiplied_out, plan, squared_norm
+from perex.kernels.convolution import by_group, multiplied_out, plan, squared_norm, summed, summed_plan
 from perex.kernels.geometry import Geometry, convolved, measures, patches, weight_gradient
 from perex.kernels.plan import Plan
 
@@ -30,6 +30,7 @@ class Patches(Factor):
     x: Tensor
     grads: Tensor
     geometry: Geometry
+    summing: bool = False
 
     @property
     def batch(self) -> int:  # type: ignore[override]
@@ -47,11 +48,20 @@ class Patches(Factor):
 
     def squared_norm(self) -> Tensor:
         """See `Factor.squared_norm`."""
+        if self.summing and self.x.numel() and self.grads.numel():
+            norms, self.total = summed(self.x, self.grads, self.geometry)
+            return norms
         return squared_norm(self.x, self.grads, self.geometry)
 
     def plan(self) -> Plan:
         """See `Factor.plan`."""
+        if self.summing:
+            return self.summed_plan()
         return plan(self.x.shape, self.grads.shape, self.geometry)
+
+    def summed_plan(self) -> Plan:
+        """See `Factor.summed_plan`."""
+        return summed_plan(self.x.shape, self.grads.shape, self.geometry)
 
     def dense_flops(self) -> int:
         """See `Factor.dense_flops`."""

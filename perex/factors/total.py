@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
-from perex.kernels import outer as kernel
+from perex.factors.dense import Dense
 from perex.kernels.cancellation import recomputed
 
 
@@ -59,8 +59,7 @@ class Total(Factor):
 
     def multiplied_out(self, examples: Tensor) -> Tensor:
         """Squared norms of some examples, `(n,)`, of gradients that were added up first."""
-        dense = (self.dense(b, b + 1).reshape(1, -1) for b in examples.tolist())
-        return torch.cat([kernel.squares(gradient, 1) for gradient in dense])
+        return torch.cat([Dense(self.dense(b, b + 1)).squared_norm() for b in examples.tolist()])
 
     def dot(self, other: Factor) -> Tensor:
         r"""$\sum_i \langle G^{(i)}, H \rangle$."""

@@ -7,6 +7,7 @@ exchange their roles: *wide* is what the kernel moves over, *narrow* has a row f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from perex.kernels import outer
 from perex.kernels.blocks import block_size, example_blocks
 from perex.kernels.cancellation import recomputed
 from perex.kernels.geometry import Geometry, measures, options_of, patches, weight_gradient, weight_gradients
-from perex.kernels.outer import squares
+from perex.kernels.outer import whole_squares
 from perex.kernels.plan import Plan
 from perex.kernels.spot import current
 from perex.kernels.strategies import Strategies
@@ -75,7 +76,7 @@ def _calls(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
 def call_per_example(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     """$G_b$ multiplied out by one call of the backend for each example."""
     gradients = (weight_gradient(x[b], grads[b], geometry) for b in range(x.shape[0]))
-    return torch.cat([squares(gradient.reshape(1, -1), 1) for gradient in gradients])
+    return torch.cat([whole_squares(gradient.unsqueeze(0)) for gradient in gradients])
 
 
 def _grouped(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
@@ -92,19 +93,47 @@ def grouped_calls(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     parts = []
     for i, j in example_blocks(x.shape[0], math.prod(geometry.weight_shape)):
         gradients = weight_gradients(x[i:j], grads[i:j], *options_of(geometry))
-        parts.append(squares(gradients.flatten(1), 1))
+        parts.append(whole_squares(gradients))
     return torch.cat(parts)
 
 
+def in_blocks(x: Tensor, grads: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    """$G_b$ of some examples after the other, `(b, *weight_shape)`, in the cheaper of the two ways above."""
+    if cheaper_one_by_one(x.shape, grads.shape, geometry):
+        yield from (weight_gradient(x[b], grads[b], geometry).unsqueeze(0) for b in range(x.shape[0]))
+        return
+    for i, j in example_blocks(x.shape[0], math.prod(geometry.weight_shape)):
+        yield weight_gradients(x[i:j], grads[i:j], *options_of(geometry))
+
+
+def cheaper_one_by_one(x: torch.Size, grads: torch.Size, geometry: Geometry) -> bool:
+    """Whether a call of the backend for each example costs less than one for several."""
+    several = _grouped(x, grads, geometry)
+    return several is None or _calls(x, grads, geometry).cost <= several.cost
+
+
 def multiplied_out(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
-    """$G_b$ of all examples, `(B, *weight_shape)`, in the cheaper of the two ways above."""
+    """$G_b$ of all examples, `(B, *weight_shape)`."""
     if x.numel() == 0 or grads.numel() == 0:
         return grads.new_zeros(x.shape[0], *geometry.weight_shape)
-    one, several = _calls(x.shape, grads.shape, geometry), _grouped(x.shape, grads.shape, geometry)
-    if several is None or one.cost <= several.cost:
-        return torch.stack([weight_gradient(x[b], grads[b], geometry) for b in range(x.shape[0])])
-    ranges = example_blocks(x.shape[0], math.prod(geometry.weight_shape))
-    return torch.cat([weight_gradients(x[i:j], grads[i:j], *options_of(geometry)) for i, j in ranges])
+    return torch.cat(list(in_blocks(x, grads, geometry)))
+
+
+def summed_plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
+    """What `summed` costs with tensors of these shapes."""
+    plan = _calls(x, grads, geometry)
+    if not cheaper_one_by_one(x, grads, geometry):
+        plan = _grouped(x, grads, geometry) or plan
+    return plan._replace(way=f"{plan.way}, with the sum", moved=2 * plan.moved)
+
+
+def summed(x: Tensor, grads: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    r"""Squared norms `(B,)`, and the sum over examples $\sum_b G_b$, added up while each block is at hand."""
+    norms, total = [], grads.new_zeros(geometry.weight_shape)
+    for gradients in in_blocks(x, grads, geometry):
+        norms.append(whole_squares(gradients))
+        total += gradients[0] if len(gradients) == 1 else gradients.sum(0)
+    return torch.cat(norms), total
 
 
 def _unfolded(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:

@@ -69,8 +69,36 @@ def direct(left: Tensor, right: Tensor) -> Tensor:
     parts = []
     for i, j in example_blocks(left.shape[0], groups * m * right.shape[3]):
         rows = (left[i:j, ..., k : k + step].mT @ right[i:j] for k in range(0, max(m, 1), step))
-        parts.append(sum(squares(found.flatten(1), 1) for found in rows))
+        parts.append(sum(whole_squares(found.flatten(1, 2)) for found in rows))
     return joined(parts)
+
+
+def summed_plan(left: torch.Size, right: torch.Size) -> Plan:
+    """What `summed` costs with tensors of these shapes."""
+    plan = _direct(left, right)
+    assert plan is not None
+    return plan._replace(way="direct, with the sum", moved=2 * plan.moved)
+
+
+def summed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    r"""`direct`, and the sum over examples $\sum_b G_b$, added up while each piece is at hand.
+
+    Args:
+        left: `(B, T, m)`.
+        right: `(B, T, n)`.
+
+    Returns:
+        Tensors `(B,)` and `(m, n)`.
+    """
+    batch, m, n = left.shape[0], left.shape[2], right.shape[2]
+    total, norms = left.new_zeros(m, n), left.new_zeros(batch)
+    step = max(1, BLOCK // max(1, n))  # of rows
+    for i, j in example_blocks(batch, m * n):
+        for k in range(0, max(m, 1), step):
+            found = left[i:j, :, k : k + step].mT @ right[i:j]
+            norms[i:j] += whole_squares(found)
+            total[k : k + step] += found[0] if j - i == 1 else found.sum(0)
+    return norms, total
 
 
 def pieces(positions: int) -> Iterator[tuple[int, int]]:
@@ -178,6 +206,11 @@ def gram_dot(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tenso
 def squares(x: Tensor, dim: int) -> Tensor:
     r"""$\sum |x|^2$ over a dimension, without a tensor of squares."""
     return torch.linalg.vector_norm(x, dim=dim).square()
+
+
+def whole_squares(x: Tensor) -> Tensor:
+    """$\\sum |x_b|^2$ over all but the first dimension, row by row: long sums of float32 numbers lose digits."""
+    return squares(x, 1) if x.dim() == 2 else squares(x.flatten(2), 2).sum(1)
 
 
 def joined(parts: list[Any]) -> Tensor:

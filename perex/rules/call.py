@@ -56,6 +56,8 @@ class Call:
     path. There `rows[i]` is the axis of a shared or constant tensor whose rows are aligned with the examples, as
     those of `token.expand(B, -1, -1)` are. `batch` is the number of examples, or of those that have a part in the
     call, `examples`: rows that were routed to an expert are of a few. In all axes these are numbered from 0 then.
+    `summed` names the parameters whose `.grad` the tap gives, since the norm brings it along; `sharing` those of which
+    that was found worthwhile, for the calls of later forwards, which share that set.
     """
 
     forward: Forward
@@ -72,6 +74,8 @@ class Call:
     examples: list[int] | None = None
     kept: list[int] = field(default_factory=list)
     rows: dict[int, Held] = field(default_factory=dict)
+    summed: tuple[str, ...] = ()
+    sharing: set[str] = field(default_factory=set)
 
     @property
     def name(self) -> str:
