@@ -43,7 +43,8 @@ def attach(
         batch_dim: the dimension of the model's inputs that holds the examples.
         param_grads: whether `.grad` is computed too. With False it is left alone, and weight gradients are
             never computed: the fastest way when only statistics are wanted. (torch may then choose other kernels,
-            as it does for frozen weights, so outputs agree to rounding; with True they are the same to the bit.)
+            as it does for frozen weights, so outputs agree to rounding; with True they are the same to the bit. So is
+            `.grad`, but for large weights whose gradient comes out of the same product as its norm.)
         forwards: what several forwards before one backward hold: the `"same"` examples, as the two sides of
             a siamese network, or `"further"` ones. None refuses what it cannot know.
         audit: whether `px.backward(losses)` checks the first batch, and each whose inputs have new shapes, for

@@ -301,32 +301,29 @@ class Backwards:
                 result.add(forward, entry, kept)
                 if slot in sums:
                     found[slot] = kept.summed()
-                elif self.param_grads and slot not in call.sharing and self.may_share(call, slot, factor):
-                    call.sharing.add(slot)
+                elif self.sharing and not call.sharing.names and self.may_share(call, slot, factor):
+                    call.sharing.names = tuple(call.slots)  # a convolution's bias alone costs as much as both
+            call.sharing.decided = True
             return found
 
     def may_share(self, call: Call, slot: object, factor: Factor) -> bool:
-        """Whether the gradient of a parameter is to come with its norm from the next forward on, being cheaper so.
+        """Whether gradients of a call's parameters are to come with norms from the next forward on, being cheaper so.
 
         On CPUs: on GPUs norms come from kernels that keep nothing else.
         """
         source = call.slots[slot]
-        if (
-            not self.sharing
-            or not isinstance(source, Entry)
-            or call.forward.uses[source] != 1
-            or self.preferences.names
-        ):
+        if call.sharing.decided or self.preferences.names or not isinstance(source, Entry):
             return False
         own = source.parameter.dtype, "cpu"
-        return all((t.dtype, t.device.type) == own for t in tensors_of(factor)) and factor.sums_cheaply()
+        alike = all((tensor.dtype, tensor.device.type) == own for tensor in tensors_of(factor))
+        return alike and call.forward.uses[source] == 1 and factor.sums_cheaply()
 
     def stop_sharing(self, call: Call) -> None:
         """A gradient is to be differentiated again: from now on, operators read parameters with their graph."""
         self.sharing = False
         for known in self.session.memo.known.values():
             if known.call is not None:
-                known.call.sharing.clear()
+                known.call.sharing.names = ()
         if call.summed:
             raise UnsupportedError(
                 f"backward with create_graph=True: module '{call.where}' ran with parameters that have no graph, since "

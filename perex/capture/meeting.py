@@ -121,14 +121,14 @@ class Meeting:
         where parameters are shards, and where running the operator again would take more than is kept.
         """
         call, parameters = known.call, self.labels.parameters
-        if call is None or not call.sharing or not parameters.param_grads or parameters.sharded:
+        if call is None or not call.sharing.names or not parameters.param_grads or parameters.sharded:
             return ()
         if self.forward.recomputed or sparing() or torch.is_autocast_enabled("cpu"):
             return ()
         assert known.numbers is not None
         if {*call.kept, *known.numbers.values()} != set(range(len(call.axes))):
             return ()
-        return tuple(sorted(call.sharing))
+        return call.sharing.names
 
     def value(self, entry: Entry) -> Tensor:
         """What an operator reads in place of a parameter: detached where its gradient is not wanted from autograd."""

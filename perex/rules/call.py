@@ -46,6 +46,19 @@ def unpack(value: Any, tensors: Sequence[Any]) -> Any:
 
 
 @dataclass(slots=True, eq=False)
+class Sharing:
+    """Which gradients come with norms, in calls of one form.
+
+    Attributes:
+        names: parameters of which the tap is to give `.grad`.
+        decided: whether that has been looked at.
+    """
+
+    names: tuple[str, ...] = ()
+    decided: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class Call:
     """What is known of one operator call when the forward is over.
 
@@ -56,8 +69,8 @@ class Call:
     path. There `rows[i]` is the axis of a shared or constant tensor whose rows are aligned with the examples, as
     those of `token.expand(B, -1, -1)` are. `batch` is the number of examples, or of those that have a part in the
     call, `examples`: rows that were routed to an expert are of a few. In all axes these are numbered from 0 then.
-    `summed` names the parameters whose `.grad` the tap gives, since the norm brings it along; `sharing` those of which
-    that was found worthwhile, for the calls of later forwards, which share that set.
+    `summed` names the parameters whose `.grad` the tap gives, since the norm brings it along; `sharing` is what is
+    known of that, for the calls of later forwards too.
     """
 
     forward: Forward
@@ -75,7 +88,7 @@ class Call:
     kept: list[int] = field(default_factory=list)
     rows: dict[int, Held] = field(default_factory=dict)
     summed: tuple[str, ...] = ()
-    sharing: set[str] = field(default_factory=set)
+    sharing: Sharing = field(default_factory=Sharing)
 
     @property
     def name(self) -> str:
