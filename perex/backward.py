@@ -341,7 +341,7 @@ class Backwards:
             return False
         own = source.parameter.dtype, "cpu"
         alike = all((tensor.dtype, tensor.device.type) == own for tensor in tensors_of(factor))
-        return alike and tapped.forward.uses[source] == 1 and factor.sums_cheaply()
+        return alike and tapped.forward.uses[source.name] == 1 and factor.sums_cheaply()
 
     def stop_sharing(self, tapped: Tapped) -> None:
         """A gradient is to be differentiated again: from now on, operators read parameters with their graph."""
@@ -426,7 +426,7 @@ class Backwards:
         self.session.consumed = True
         self.session.outputs.edges = []
         if forward is not None and not will_run(forward.sentinel):
-            aliases = [entry.stand_in for entry in forward.uses if entry.stand_in is not None]
+            aliases = [e.stand_in for e in forward.tracked if e.name in forward.uses and e.stand_in is not None]
             if not self.param_grads or not all(map(will_run, aliases)):
                 result.refuse(
                     UnsupportedError(

@@ -164,12 +164,14 @@ class Tracker:
         if index is None:
             raise ArgumentError(f"{quantity!r} was not given to attach")
         values, scale = self._values(index)
-        found = {entry.name: value for entry, value in values.items()}
-        if quantity.degree:
-            power = scale**quantity.degree
-            found = {
-                name: value * (power.to(value) if isinstance(power, Tensor) else power) for name, value in found.items()
-            }
+        power = scale**quantity.degree if quantity.degree else 1.0
+
+        def own(value: Tensor) -> Tensor:
+            return times(value, power) if quantity.degree else value
+
+        if by is None and type(quantity).combined is Quantity.combined:  # a sum, so that it may be scaled as a whole
+            return own(quantity.combined(values)) if values else quantity.combined(values)
+        found = {name: own(value) for name, value in values.items()}
         return found if by == "parameter" else grouped(found, by, quantity.combined)
 
     @property
@@ -278,7 +280,7 @@ class Tracker:
         self._backwards.asked()
         with preferring(self._backwards.preferences):
             found = result.kept(self._relation)
-        return Gradients({entry.name: totals for entry, totals in found.items()}, self.scale)
+        return Gradients(found, self.scale)
 
     def pause(self) -> None:
         """Do not look at backwards, until `resume`: what is there to read stays."""
@@ -365,7 +367,7 @@ class Tracker:
             rows = rows_of(latest)
         return Report(rows, tracked, latest.batch, refused, shared_of(latest, names), forwards)
 
-    def _values(self, index: int) -> tuple[dict[Entry, Tensor], float | Tensor]:
+    def _values(self, index: int) -> tuple[dict[str, Tensor], float | Tensor]:
         """One quantity of the last backward, and what gradients are to be multiplied by."""
         result = self._result()
         with preferring(self._backwards.preferences):

@@ -109,7 +109,7 @@ class Forward:
         batch: number of examples, B.
         path: the module whose call it is.
         tracked: the parameters that are wanted.
-        uses: how many factors each parameter will get, if every call's gradient arrives.
+        uses: how many factors each parameter, by name, will get, if every call's gradient arrives.
         paths: for reports, each call, in order.
         sentinel: an input of all taps that requires grad. It is not a leaf, so that its node tells whether a
             backward is restricted to some inputs (`torch.autograd.grad`).
@@ -139,7 +139,7 @@ class Forward:
         self.batch = batch
         self.path = path
         self.tracked = tracked
-        self.uses: Counter[Entry] = Counter()
+        self.uses: Counter[str] = Counter()
         self.doubt: str | None = None
         self.strength = 0
         self.half = False
@@ -167,7 +167,7 @@ class Forward:
         """Count what a call will bring."""
         site = call.site = call.site or site_of(call)
         for entry, _ in site.parameters:
-            self.uses[entry] += 1
+            self.uses[entry.name] += 1
         use = Use(site)
         self.paths.append(use)
         return use

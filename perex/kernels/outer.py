@@ -50,7 +50,8 @@ def _one_position(left: torch.Size, right: torch.Size) -> Plan | None:
 @NORMS.way("one position", _one_position)
 def one_position(left: Tensor, right: Tensor) -> Tensor:
     r"""$\|l\|^2 \|r\|^2$."""
-    return (squares(left, 3) * squares(right, 3)).sum((1, 2))
+    norms = torch.linalg.vector_norm(left, dim=(2, 3)) * torch.linalg.vector_norm(right, dim=(2, 3))  # (B, G)
+    return norms.square().sum(1)
 
 
 def _direct(left: torch.Size, right: torch.Size) -> Plan | None:
