@@ -2,6 +2,7 @@ r"""Squared norms and inner products of sums of outer products, $G_b = \sum_t l_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +20,9 @@ from perex.kernels.triton.tiles import side, slack, tiles
 NORMS = Strategies("outer products")
 """Ways to $\\|G_b\\|^2$, for `left` of shape `(B, G, T, m)` and `right` `(B, G, T, n)`, with G independent groups."""
 
-PIECES, SHORTEST = 4, 64
-"""Into how many pieces positions are split for symmetric products, and how short these may be."""
+PIECES, SHORTEST = 4, 16
+"""Into how many pieces positions are cut that cannot be halved any more, for products of all pairs, and how short runs
+of them may be."""
 
 
 def squared_norm(left: Tensor, right: Tensor) -> Tensor:
@@ -102,43 +104,63 @@ def summed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return norms, total
 
 
-def pieces(positions: int) -> Iterator[tuple[int, int]]:
-    """Ranges of positions, for products of each with itself and all before it."""
-    step = max(SHORTEST, -(-positions // PIECES))
-    yield from ((start, min(start + step, positions)) for start in range(0, max(positions, 1), step))
+def pairs(x: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Runs of positions to be multiplied with each other, so that all pairs of positions are covered.
+
+    The later half meets the earlier one, likewise in each half, and so on while positions can be halved. What is left
+    is cut into pieces, each of which meets those before it and itself. All runs that meet at once have one length, so
+    that they are one batch of matrices.
+
+    Args:
+        x: `(B, G, T, m)`.
+
+    Yields:
+        `(B, G, R, t, m)`, `(B, G, R, s, m)`, and how many of the s positions come before the t: their products count twice.
+    """
+    width = x.shape[2]
+    while width % 2 == 0 and width >= 2 * SHORTEST:
+        width //= 2
+        halves = x.unflatten(2, (-1, 2, width))
+        yield halves[:, :, :, 1], halves[:, :, :, 0], width
+    runs = x.unflatten(2, (-1, width))
+    step = max(2 * SHORTEST, -(-width // PIECES))
+    for start in range(0, width, step):
+        yield runs[..., start : start + step, :], runs[..., : start + step, :], start
+
+
+@functools.cache
+def products(positions: int) -> tuple[int, int]:
+    """How many products of positions `pairs` asks for, in all and at once."""
+    found = [one.shape[:-1].numel() * other.shape[-2] for one, other, _ in pairs(torch.empty(1, 1, positions, 0))]
+    return sum(found), max(found)
 
 
 def _gram(left: torch.Size, right: torch.Size) -> Plan | None:
     batch, groups, positions, m = left
-    if positions == 1:
+    if positions < 2:
         return None
-    pairs = groups * sum((stop - start) * stop for start, stop in pieces(positions))
-    largest = groups * positions * max((stop - start for start, stop in pieces(positions)), default=0)
+    total, largest = (groups * count for count in products(positions))
     block = pair_block_size(batch, largest) * largest
-    return Plan("Gram", 2 * batch * pairs * (m + right[3] + 1), 2 * block, 2 * batch * pairs)
+    return Plan("Gram", 2 * batch * total * (m + right[3] + 1), 2 * block, 2 * batch * total)
 
 
 @NORMS.way("Gram", _gram)
 def gram(left: Tensor, right: Tensor) -> Tensor:
-    r"""$\sum_{ts} (l_t \cdot l_s)(r_t \cdot r_s)$: about $T^2 (m + n)$ operations an example.
-
-    It is symmetric: a piece of positions is multiplied with itself and, counted twice, with those before it.
-    """
+    r"""$\sum_{ts} (l_t \cdot l_s)(r_t \cdot r_s)$: about $T^2 (m + n)$ operations an example, as it is symmetric."""
     batch, groups, positions, _ = left.shape
-    ranges = list(pieces(positions))
-    largest = groups * positions * max((stop - start for start, stop in ranges), default=0)
+    largest = groups * products(positions)[1]
     totals, sizes = [], []
     for i, j in example_blocks(batch, largest, pair_block_size(batch, largest)):
         total: Tensor | float = 0.0
         size: Tensor | float = 0.0
-        for start, stop in ranges:
-            lefts = left[i:j, :, start:stop] @ left[i:j, :, :stop].mH  # (b, G, piece, stop)
-            rights = right[i:j, :, start:stop] @ right[i:j, :, :stop].mH
-            product = lefts.mul_(rights).real if lefts.is_complex() else lefts.mul_(rights)
-            total = total + product[..., start:].sum((1, 2, 3))
-            if start:
-                total = total + 2 * product[..., :start].sum((1, 2, 3))
-            size = size + (1 + bool(start)) * torch.linalg.vector_norm(product, 1, dim=(1, 2, 3))
+        for (later, earlier, twice), (mine, others, _) in zip(pairs(left[i:j]), pairs(right[i:j]), strict=True):
+            product = (later @ earlier.mH).mul_(mine @ others.mH).flatten(1, 3)  # (b, G R t, s)
+            product = product.real if product.is_complex() else product
+            if twice < product.shape[2]:
+                total = total + product[..., twice:].sum((1, 2))
+            if twice:
+                total = total + 2 * product[..., :twice].sum((1, 2))
+            size = size + (1 + bool(twice)) * torch.linalg.vector_norm(product, 1, dim=(1, 2))
         totals.append(total)
         sizes.append(size)
     return recomputed(joined(totals), joined(sizes), lambda b: direct(left[b], right[b]))
