@@ -24,6 +24,7 @@ from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor, Few
 from perex.factors.outline import outline
 from perex.gradients import tensors_of
+from perex.kernels.readers import reading
 from perex.kernels.strategies import Preferences, preferring
 from perex.quantities import Quantity
 from perex.result import Result
@@ -261,7 +262,8 @@ class Backwards:
                 self.stop_sharing(tapped)
             with torch.no_grad():
                 return self.receive(tapped, saved, grads, sums)
-        with preferring(self.preferences), without_autocast(saved[0].device.type if saved else "cpu"):
+        device = saved[0].device.type if saved else "cpu"
+        with preferring(self.preferences), without_autocast(device), reading(tapped.forward.readers):
             return self.take(tapped, saved, grads, sums)
 
     def take(
@@ -295,13 +297,14 @@ class Backwards:
             kept = factor.condensed() if keeping else factor
             if slot in sums and kept is factor:
                 kept.summing = True
+            result.add(forward, entry, kept)
             if not known:
                 outlines.append((entry, outline(kept)))
-            result.add(forward, entry, kept)
             if slot in sums:
                 sums_of[slot] = kept.summed()
             elif self.sharing and not call.sharing.names and self.may_share(tapped, slot, factor):
                 call.sharing.names = tuple(call.slots)  # a convolution's bias alone costs as much as both
+        forward.readers.done(saved)
         call.sharing.decided = True
         call.outlines[form] = tapped.use.factors = outlines
         tapped.use.outputs = [None if grad is None else grad.shape for grad in grads]
@@ -351,8 +354,8 @@ class Backwards:
                 known.call.sharing.names = ()
         if tapped.summed:
             raise UnsupportedError(
-                f"backward with create_graph=True: module '{tapped.call.where}' ran with parameters that have no graph, "
-                "since earlier backwards needed none, and perex gave their gradients along with the norms. From now on "
+                f"backward with create_graph=True: module '{tapped.call.where}' ran with parameters that have no graph "
+                "(earlier backwards needed none, and perex gave their gradients along with the norms). From now on "
                 "they have one: run the forward and this backward again"
             )
 
@@ -439,6 +442,8 @@ class Backwards:
     def over(self, result: Result) -> None:
         """A backward has come to its end."""
         result.finish()
+        for forward in result.shares:
+            forward.readers.clear()
         for action in self.after:
             action()
 

@@ -14,6 +14,7 @@ from perex.capture.axis import Held
 from perex.capture.parameters import Entry, Shared, Source
 from perex.errors import PerexError
 from perex.factors.outline import Outline
+from perex.kernels.readers import Readers
 
 if TYPE_CHECKING:
     from perex.capture.record import Record
@@ -111,6 +112,7 @@ class Forward:
         tracked: the parameters that are wanted.
         uses: how many factors each parameter, by name, will get, if every call's gradient arrives.
         paths: for reports, each call, in order.
+        readers: how many calls will read each tensor again in the backward.
         sentinel: an input of all taps that requires grad. It is not a leaf, so that its node tells whether a
             backward is restricted to some inputs (`torch.autograd.grad`).
         strength: how much that doubt weighs; see `perex.capture.doubts`.
@@ -156,6 +158,7 @@ class Forward:
         self.asks: str | None = None
         self.shapes: object = None
         self.paths: list[Use] = []
+        self.readers = Readers()
         self.sentinel = torch.zeros((), requires_grad=True).clone()
 
     @property

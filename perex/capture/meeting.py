@@ -222,6 +222,7 @@ class Meeting:
         if call.site is None:  # else it is numbered
             number(call, forward.batch)
         use = forward.entered(call)
+        forward.readers.expect(saved)
         if sparing():
             forward.sparing = True
             forward.once |= run_recomputation_in(self.recomputing)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perex.kernels import readers
 from perex.kernels.blocks import BLOCK, block_size, example_blocks, pair_block_size
 from perex.kernels.cancellation import recomputed
 from perex.kernels.plan import Plan
@@ -38,9 +39,14 @@ def squared_norm(left: Tensor, right: Tensor) -> Tensor:
     return NORMS.run((left.shape, right.shape), left, right)
 
 
-def plan(left: torch.Size, right: torch.Size) -> Plan:
-    """What `squared_norm` does with tensors of these shapes."""
-    return NORMS.choose(left, right)
+def plan(left: torch.Size, right: torch.Size, repeats: bool = False) -> Plan:
+    """What `squared_norm` does with tensors of these shapes; with `repeats`, after another layer that read `right`."""
+    plan = NORMS.choose(left, right)
+    if repeats and plan.way == "Gram":
+        batch, groups, positions, _ = left
+        spared = 2 * batch * groups * products(positions)[0] * right[3]
+        return plan._replace(way="Gram, of a shared input", flops=plan.flops - spared)
+    return plan
 
 
 def _one_position(left: torch.Size, right: torch.Size) -> Plan | None:
@@ -115,7 +121,8 @@ def pairs(x: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
         x: `(B, G, T, m)`.
 
     Yields:
-        `(B, G, R, t, m)`, `(B, G, R, s, m)`, and how many of the s positions come before the t: their products count twice.
+        `(B, G, R, t, m)`, `(B, G, R, s, m)`, and how many of the s positions come before the t, so
+        that their products count twice.
     """
     width = x.shape[2]
     while width % 2 == 0 and width >= 2 * SHORTEST:
@@ -135,6 +142,11 @@ def products(positions: int) -> tuple[int, int]:
     return sum(found), max(found)
 
 
+def grams(x: Tensor) -> list[Tensor]:
+    r"""$x_t \cdot x_s$ of all `pairs`, `(B, G, R, t, s)` each."""
+    return [later @ earlier.mH for later, earlier, _ in pairs(x)]
+
+
 def _gram(left: torch.Size, right: torch.Size) -> Plan | None:
     batch, groups, positions, m = left
     if positions < 2:
@@ -148,13 +160,15 @@ def _gram(left: torch.Size, right: torch.Size) -> Plan | None:
 def gram(left: Tensor, right: Tensor) -> Tensor:
     r"""$\sum_{ts} (l_t \cdot l_s)(r_t \cdot r_s)$: about $T^2 (m + n)$ operations an example, as it is symmetric."""
     batch, groups, positions, _ = left.shape
-    largest = groups * products(positions)[1]
+    count, largest = products(positions)
+    blocks = list(example_blocks(batch, groups * largest, pair_block_size(batch, groups * largest)))
+    of_right = readers.current().once(right, batch * groups * count, lambda: (grams(right[i:j]) for i, j in blocks))
     totals, sizes = [], []
-    for i, j in example_blocks(batch, largest, pair_block_size(batch, largest)):
+    for (i, j), rights in zip(blocks, of_right, strict=True):
         total: Tensor | float = 0.0
         size: Tensor | float = 0.0
-        for (later, earlier, twice), (mine, others, _) in zip(pairs(left[i:j]), pairs(right[i:j]), strict=True):
-            product = (later @ earlier.mH).mul_(mine @ others.mH).flatten(1, 3)  # (b, G R t, s)
+        for (later, earlier, twice), of_rights in zip(pairs(left[i:j]), rights, strict=True):
+            product = (later @ earlier.mH).mul_(of_rights).flatten(1, 3)  # (b, G R t, s)
             product = product.real if product.is_complex() else product
             if twice < product.shape[2]:
                 total = total + product[..., twice:].sum((1, 2))
