@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perex.audit import check_losses
 from perex.capture.derived import of_parameters
-from perex.capture.forward import Forward
+from perex.capture.forward import Forward, Tapped
 from perex.capture.inputs import about
 from perex.capture.parameters import Entry, Shared
 from perex.capture.probe import Probe, same_draws, weights_of
@@ -23,7 +23,9 @@ from perex.capture.suspects import SINK, nodes
 from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor, Few
 from perex.factors.narrow import narrow
+from perex.factors.outline import outline
 from perex.gradients import tensors_of
+from perex.kernels.readers import reading
 from perex.kernels.spot import Spot, at
 from perex.kernels.strategies import Preferences, preferring
 from perex.quantities import Quantity
@@ -250,25 +252,74 @@ class Backwards:
     # What capture hands over
 
     def receive(
-        self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], sums: Sequence[str]
+        self, tapped: Tapped, saved: Sequence[Tensor], grads: Sequence[Tensor | None], sums: Sequence[str]
     ) -> Mapping[str, Tensor]:
         """An output gradient of a call has arrived: reduce or keep its factors.
 
         Returns:
             The gradients of the parameters that `sums` names.
         """
-        forward = call.forward
-        if self.sharing and torch.is_grad_enabled():
-            self.stop_sharing(call)
+        if torch.is_grad_enabled():
+            if self.sharing:
+                self.stop_sharing(tapped)
+            with torch.no_grad():
+                return self.receive(tapped, saved, grads, sums)
+        device = saved[0].device.type if saved else "cpu"
+        with (
+            preferring(self.preferences),
+            without_autocast(device),
+            reading(tapped.forward.readers),
+            whereabouts(saved),
+        ):
+            return self.take(tapped, saved, grads, sums)
+
+    def take(
+        self, tapped: Tapped, saved: Sequence[Tensor], grads: Sequence[Tensor | None], sums: Sequence[str]
+    ) -> Mapping[str, Tensor]:
+        """Reduce or keep the factors of a call, or hand them to who asks for something else of this backward."""
+        forward, call = tapped.forward, tapped.call
         if self.probe is not None:
-            self.probe.receive(call, grads)
+            self.probe.receive(tapped, grads)
         if self.looking:
-            return {slot: factor.summed() for slot, _, factor in self.factors(call, saved, grads) if slot in sums}
+            found = self.factors(tapped, saved, grads)
+            return {slot: factor.summed() for slot, _, factor in found if slot in sums} if sums else {}
         if self.taking is not None:
-            for _, entry, factor in self.factors(call, saved, grads):
+            for _, entry, factor in self.factors(tapped, saved, grads):
                 self.taking(forward, entry, factor)
             return {}
         result = self.open(forward)
+        if forward not in result.shares:
+            self.admit(result, tapped)
+            if forward.recomputed:
+                return {}
+        for grad, axis in zip(grads, call.out_axes, strict=True):
+            if grad is not None and axis.stray(grad):
+                result.refuse(UnsupportedError(STRAY.format(call.where, call.name)))
+        self.note_overflow(result, tapped, grads)
+        keeping = bool(result.keep and self.keep)
+        form = keeping, *sums, *[None if grad is None else (grad.shape, grad.dtype) for grad in grads]
+        outlines, known = call.outlines.get(form, []), form in call.outlines
+        sums_of: dict[str, Tensor] = {}
+        for slot, entry, factor in self.factors(tapped, saved, grads):
+            kept = factor.condensed() if keeping else factor
+            if slot in sums and kept is factor:
+                kept.summing = True
+            result.add(forward, entry, kept)
+            if not known:
+                outlines.append((entry, outline(kept)))
+            if slot in sums:
+                sums_of[slot] = kept.summed()
+            elif self.sharing and not call.sharing.names and self.may_share(tapped, slot, factor):
+                call.sharing.names = tuple(call.slots)  # a convolution's bias alone costs as much as both
+        forward.readers.done(saved)
+        call.sharing.decided = True
+        call.outlines[form] = tapped.use.factors = outlines
+        tapped.use.outputs = [None if grad is None else grad.shape for grad in grads]
+        return sums_of
+
+    def admit(self, result: Result, tapped: Tapped) -> None:
+        """The first gradient of a forward has come in a backward: is there a reason not to trust its numbers?"""
+        forward = tapped.forward
         if self.session.closed:
             why = "perex was detached between the forward and the backward: run the backward before detaching"
             result.refuse(NotReadyError(why))
@@ -284,67 +335,51 @@ class Backwards:
         if forward.recomputed:
             result.refuse(
                 UnsupportedError(
-                    f"module '{call.where}' runs under reentrant checkpointing, which hides its parameters from the "
-                    "forward: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                    f"module '{tapped.call.where}' runs under reentrant checkpointing, which hides its parameters from "
+                    "the forward: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
                 )
             )
-            return {}
-        if any(grad is not None and axis.stray(grad) for grad, axis in zip(grads, call.out_axes, strict=True)):
-            result.refuse(UnsupportedError(STRAY.format(call.where, call.name)))
-        with torch.no_grad(), whereabouts(saved):
-            self.note_overflow(result, call, grads)
-            forward.arrived(call, grads)
-            found: dict[str, Tensor] = {}
-            for slot, entry, factor in self.factors(call, saved, grads):
-                kept = factor.condensed() if result.keep and self.keep else factor
-                if slot in sums and kept is factor:
-                    kept.summing = True
-                forward.made(call, entry, kept)
-                result.add(forward, entry, kept)
-                if slot in sums:
-                    found[slot] = kept.summed()
-                elif self.sharing and not call.sharing.names and self.may_share(call, slot, factor):
-                    call.sharing.names = tuple(call.slots)  # a convolution's bias alone costs as much as both
-            call.sharing.decided = True
-            return found
 
-    def may_share(self, call: Call, slot: object, factor: Factor) -> bool:
+    def may_share(self, tapped: Tapped, slot: object, factor: Factor) -> bool:
         """Whether gradients of a call's parameters are to come with norms from the next forward on, being cheaper so.
 
         On CPUs: on GPUs norms come from kernels that keep nothing else.
         """
+        call = tapped.call
         source = call.slots[slot]
         if call.sharing.decided or self.preferences.names or not isinstance(source, Entry):
             return False
         own = source.parameter.dtype, "cpu"
         alike = all((tensor.dtype, tensor.device.type) == own for tensor in tensors_of(factor))
-        return alike and call.forward.uses[source] == 1 and factor.sums_cheaply()
+        return alike and tapped.forward.uses[source.name] == 1 and factor.sums_cheaply()
 
-    def stop_sharing(self, call: Call) -> None:
+    def stop_sharing(self, tapped: Tapped) -> None:
         """A gradient is to be differentiated again: from now on, operators read parameters with their graph."""
         self.sharing = False
         for known in self.session.memo.known.values():
             if known.call is not None:
                 known.call.sharing.names = ()
-        if call.summed:
+        if tapped.summed:
             raise UnsupportedError(
-                f"backward with create_graph=True: module '{call.where}' ran with parameters that have no graph, since "
-                "earlier backwards needed none, and perex gave their gradients along with the norms. From now on they "
-                "have one: run the forward and this backward again"
+                f"backward with create_graph=True: module '{tapped.call.where}' ran with parameters that have no graph "
+                "(earlier backwards needed none, and perex gave their gradients along with the norms). From now on "
+                "they have one: run the forward and this backward again"
             )
 
     def factors(
-        self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
+        self, tapped: Tapped, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> Iterator[tuple[Any, Entry, Factor]]:
-        """The gradients that a call brings, by slot and parameter; whoever takes them computes in the same settings."""
-        device = saved[0].device.type if saved else "cpu"
-        with torch.no_grad(), without_autocast(device), preferring(self.preferences):
-            captured = Captured(call, saved, grads)
-            found = call.rule.function(captured)
-            for slot, source in call.slots.items():
-                factor = check_factor(call, slot, found.get(slot), captured.batch)
-                for entry, part in of_parameters(source, narrow(factor)):
-                    yield slot, entry, part if call.examples is None else Few(part, call.examples, call.forward.batch)
+        """The gradients that a call brings, by slot and parameter."""
+        call = tapped.call
+        captured = Captured(call, saved, grads)
+        found = call.rule.function(captured)
+        for slot, source in call.slots.items():
+            factor = narrow(check_factor(call, slot, found.get(slot), captured.batch))
+            if isinstance(source, Entry):
+                yield slot, source, of_examples(tapped, factor)
+                continue
+            for entry, part in of_parameters(source, factor):
+                yield slot, entry, of_examples(tapped, part)
 
     def changed(self) -> None:
         """A module's gradient hook has changed a gradient."""
@@ -401,7 +436,7 @@ class Backwards:
         self.session.consumed = True
         self.session.outputs.edges = []
         if forward is not None and not will_run(forward.sentinel):
-            aliases = [entry.stand_in for entry in forward.uses if entry.stand_in is not None]
+            aliases = [e.stand_in for e in forward.tracked if e.name in forward.uses and e.stand_in is not None]
             if not self.param_grads or not all(map(will_run, aliases)):
                 result.refuse(
                     UnsupportedError(
@@ -414,6 +449,8 @@ class Backwards:
     def over(self, result: Result) -> None:
         """A backward has come to its end."""
         result.finish()
+        for forward in result.shares:
+            forward.readers.clear()
         for action in self.after:
             action()
 
@@ -426,15 +463,21 @@ class Backwards:
             scale: Tensor = self.scaler.scale(torch.ones((), device=device))
         return scale
 
-    def note_overflow(self, result: Result, call: Call, grads: Sequence[Tensor | None]) -> None:
+    def note_overflow(self, result: Result, tapped: Tapped, grads: Sequence[Tensor | None]) -> None:
         """Remember examples whose half-precision gradients became infinite."""
+        call = tapped.call
         for grad, axis in zip(grads, call.out_axes, strict=True):
             if grad is not None and grad.dtype == torch.float16:  # bfloat16 reaches as far as float32
                 rows = axis.front(grad, call.batch).reshape(call.batch, -1)
-                if not rows.numel():
-                    continue
-                largest = torch.linalg.vector_norm(rows, torch.inf, dim=1)  # in one pass; of NaN, NaN
-                result.overflow(call.forward, largest.isinf(), call.examples)
+                if rows.numel():
+                    largest = torch.linalg.vector_norm(rows, torch.inf, dim=1)  # in one pass; of NaN, NaN
+                    result.overflow(tapped.forward, largest.isinf(), call.examples)
+
+
+def of_examples(tapped: Tapped, factor: Factor) -> Factor:
+    """The gradients that a call brings, for all examples of the forward."""
+    examples = tapped.call.examples
+    return factor if examples is None else Few(factor, examples, tapped.forward.batch)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

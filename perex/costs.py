@@ -47,16 +47,16 @@ def costs_of(uses: Sequence[Use]) -> list[Cost]:
     costs = []
     shares: dict[Entry, list[Share]] = {}
     for use in uses:
-        cost = Cost([""] * len(use.parameters), counted=use.rule != GENERAL.name)
+        cost = Cost([""] * len(use.site.parameters), counted=use.site.rule != GENERAL.name)
         costs.append(cost)
         arrived = sum(shape.numel() for shape in use.outputs or () if shape is not None)
         places: dict[Entry, list[int]] = {}
-        for place, (entry, _) in enumerate(use.parameters):
+        for place, (entry, _) in enumerate(use.site.parameters):
             places.setdefault(entry, []).append(place)
         for entry, outline in use.factors or ():
             place, factor = places[entry].pop(0), outline.factor()
             dense = isinstance(factor.factor if isinstance(factor, Few) else factor, Dense)
-            pulled_back = use.parameters[place][1] and dense
+            pulled_back = use.site.parameters[place][1] and dense
             cost.counted &= not pulled_back
             if dense and cost.counted:
                 cost.flops += arrived  # added up

@@ -178,14 +178,14 @@ def rows_of(forward: Forward) -> list[Row]:
 
 def row_of(use: Use, cost: Cost) -> Row:
     """One row."""
-    entries = [entry for entry, _ in use.parameters]
-    first = next(((s, a) for s, a in zip(use.shapes, use.axes, strict=True) if a is not None), None)
-    outputs = zip(use.outputs or (), use.out_axes, strict=False)
+    entries = [entry for entry, _ in use.site.parameters]
+    first = next(((s, a) for s, a in zip(use.site.shapes, use.site.axes, strict=True) if a is not None), None)
+    outputs = zip(use.outputs or (), use.site.out_axes, strict=False)
     output = next(((shape, axis) for shape, axis in outputs if shape is not None), None)
     return Row(
-        use.module,
-        use.operator,
-        use.rule,
+        use.site.module,
+        use.site.operator,
+        use.site.rule,
         tuple(entry.name for entry in entries),
         tuple(tuple(entry.parameter.shape) for entry in entries),
         tuple(cost.ways) if use.factors is not None else (),
@@ -206,8 +206,8 @@ def shared_of(forward: Forward, names: Mapping[Entry, Sequence[str]]) -> dict[st
     """
     places: dict[Entry, list[str]] = {}
     for use in forward.paths:
-        for entry, _ in use.parameters:
-            places.setdefault(entry, []).append(f"{use.module or '(model)'} ({use.operator})")
+        for entry, _ in use.site.parameters:
+            places.setdefault(entry, []).append(f"{use.site.module or '(model)'} ({use.site.operator})")
     found = {}
     for entry, own in names.items():
         where = places.get(entry, [])

@@ -21,9 +21,9 @@ class Share:
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
-        self.open: dict[Entry, list[Factor]] = {}
-        self.closed: dict[Entry, list[Tensor | None]] = {}
-        self.kept: dict[Entry, Kept] = {}
+        self.open: dict[str, list[Factor]] = {}  # by the parameter's name, here and below
+        self.closed: dict[str, list[Tensor | None]] = {}
+        self.kept: dict[str, Kept] = {}
         self.overflowed: Tensor | None = None
 
 
@@ -77,19 +77,19 @@ class Result:
 
     def add(self, forward: Forward, entry: Entry, factor: Factor) -> None:
         """Take up one use's gradients; close the parameter if it was the last."""
-        share = self.share(forward)
-        if entry in share.closed:
+        share, name = self.share(forward), entry.name
+        if name in share.closed:
             self.refuse(
                 NotReadyError(
-                    f"parameter '{entry.name}' got gradients twice in one backward, from a forward that several "
+                    f"parameter '{name}' got gradients twice in one backward, from a forward that several "
                     "backwards share: run one backward for each forward"
                 )
             )
             return
-        factors = share.open.setdefault(entry, [])
+        factors = share.open.setdefault(name, [])
         factors.append(factor)
-        if self.alone and len(factors) == forward.uses[entry]:
-            self.close([share], entry)
+        if self.alone and len(factors) == forward.uses[name]:
+            self.close([share], name)
 
     def overflow(self, forward: Forward, where: Tensor, examples: list[int] | None = None) -> None:
         """Note examples whose half-precision gradients became infinite: booleans `(B,)`, or of some `examples`."""
@@ -98,14 +98,14 @@ class Result:
             where = where.new_zeros(forward.batch).index_copy(0, torch.tensor(examples, device=where.device), where)
         share.overflowed = where if share.overflowed is None else share.overflowed | where
 
-    def close(self, shares: list[Share], entry: Entry) -> None:
+    def close(self, shares: list[Share], name: str) -> None:
         """Reduce a parameter's gradients, summed over the uses in all of `shares`."""
-        factors = [factor for share in shares for factor in share.open.pop(entry, [])]
+        factors = [factor for share in shares for factor in share.open.pop(name, [])]
         if factors:
             total = Total(factors)
-            shares[0].closed[entry] = [quantity.reduce(entry.name, total) for quantity in self.quantities]
+            shares[0].closed[name] = [quantity.reduce(name, total) for quantity in self.quantities]
             if self.keep:
-                kept = shares[0].kept[entry] = Kept(total)
+                kept = shares[0].kept[name] = Kept(total)
                 self.room -= sum(tensor.nbytes for tensor, _ in kept.stamps)
                 if self.room < 0:
                     self.release()
@@ -141,15 +141,15 @@ class Result:
         same = self.relation(shares, relation) == "same"
         groups = [shares] if same else [[share] for share in shares]
         for group in groups:
-            for entry in {entry for share in group for entry in share.open}:
-                self.close(group, entry)
+            for name in {name for share in group for name in share.open}:
+                self.close(group, name)
         return groups
 
     def tracked(self) -> list[Entry]:
         """The tracked parameters of all forwards."""
-        return list(dict.fromkeys(entry for share in self.shares.values() for entry in share.forward.tracked))
+        return list({entry.name: entry for share in self.shares.values() for entry in share.forward.tracked}.values())
 
-    def values(self, index: int, relation: str | None) -> tuple[dict[Entry, Tensor], int]:
+    def values(self, index: int, relation: str | None) -> tuple[dict[str, Tensor], int]:
         """One quantity of every tracked parameter that has a part in it.
 
         Args:
@@ -157,10 +157,10 @@ class Result:
             relation: see `groups`.
 
         Returns:
-            Values by parameter, and the number of examples B.
+            Values by parameter's name, and the number of examples B.
         """
         groups = self.groups(relation)
-        quantity, values = self.quantities[index], dict[Entry, Tensor]()
+        quantity, values = self.quantities[index], dict[str, Tensor]()
         for entry in self.tracked():
             found = [self.part(group[0], entry, index) for group in groups]
             parts = [part for part in found if part is not None]
@@ -170,22 +170,23 @@ class Result:
             if index == 0 and any(share.overflowed is not None for share in self.shares.values()):
                 overflowed = torch.cat([self.overflowed(group, value.device) for group in groups])
                 value = value.masked_fill(overflowed & value.isnan(), float("inf"))
-            values[entry] = value
+            values[entry.name] = value
         return values, sum(group[0].forward.batch for group in groups)
 
-    def kept(self, relation: str | None) -> dict[Entry, list[Kept]]:
-        """The gradients that were kept, by parameter; for each forward of further examples, one."""
+    def kept(self, relation: str | None) -> dict[str, list[Kept]]:
+        """The gradients that were kept, by parameter's name; for each forward of further examples, one."""
         groups = self.groups(relation)
         return {
-            entry: [
-                group[0].kept.get(entry) or Kept(Total([nothing(entry, group[0].forward.batch)])) for group in groups
+            entry.name: [
+                group[0].kept.get(entry.name) or Kept(Total([nothing(entry, group[0].forward.batch)]))
+                for group in groups
             ]
             for entry in self.tracked()
         }
 
     def part(self, share: Share, entry: Entry, index: int) -> Tensor | None:
         """A parameter's values from one forward; of gradients that are zero where it was not used."""
-        found = share.closed.get(entry)
+        found = share.closed.get(entry.name)
         if found is not None:
             return found[index]
         return self.quantities[index].reduce(entry.name, Total([nothing(entry, share.forward.batch)]))

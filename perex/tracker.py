@@ -163,12 +163,12 @@ class Tracker:
         index = next((i for i, given in enumerate(self._quantities) if given is quantity), None)
         if index is None:
             raise ArgumentError(f"{quantity!r} was not given to attach")
-        by_entry, scale = self._values(index)
-        found = {entry.name: value for entry, value in by_entry.items()}
-        if quantity.degree and found:
-            power, values = scale**quantity.degree, list(found.values())
-            power = power.to(values[0].device) if isinstance(power, Tensor) else power
-            found = dict(zip(found, torch._foreach_mul(values, power), strict=True))  # one kernel on a GPU
+        values, scale = self._values(index)
+        power = scale**quantity.degree if quantity.degree else 1.0
+        if by is None and type(quantity).combined is Quantity.combined:  # a sum, so that it may be scaled as a whole
+            whole = quantity.combined(values)
+            return times(whole, power) if values and quantity.degree else whole
+        found = {name: times(value, power) if quantity.degree else value for name, value in values.items()}
         return found if by == "parameter" else grouped(found, by, quantity.combined)
 
     @property
@@ -277,7 +277,7 @@ class Tracker:
         self._backwards.asked()
         with preferring(self._backwards.preferences):
             found = result.kept(self._relation)
-        return Gradients({entry.name: totals for entry, totals in found.items()}, self.scale)
+        return Gradients(found, self.scale)
 
     def pause(self) -> None:
         """Do not look at backwards, until `resume`: what is there to read stays."""
@@ -364,7 +364,7 @@ class Tracker:
             rows = rows_of(latest)
         return Report(rows, tracked, latest.batch, refused, shared_of(latest, names), forwards)
 
-    def _values(self, index: int) -> tuple[dict[Entry, Tensor], float | Tensor]:
+    def _values(self, index: int) -> tuple[dict[str, Tensor], float | Tensor]:
         """One quantity of the last backward, and what gradients are to be multiplied by."""
         result = self._result()
         with preferring(self._backwards.preferences):

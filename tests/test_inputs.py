@@ -124,3 +124,43 @@ def test_an_output_of_parameters_alone_that_every_example_reads():
         return (output[0] @ output[1].T).sin().sum(1)
 
     refused(model, (torch.randn(B, T, 3),), loss)
+
+
+LOOK_UPS: dict[str, Any] = {
+    "positions": lambda table, x: x + table(torch.arange(T)),
+    "positions (1, T)": lambda table, x: x + table(torch.arange(T)[None]),
+    "a new axis": lambda table, x: x + table(torch.arange(T)).unsqueeze(0),
+    "rows read twice": lambda table, x: x + table(torch.tensor([3, 1, 3, 0])),
+    "a padding row": lambda table, x: x + F.embedding(torch.tensor([3, 1, 2, 1]), table.weight, padding_idx=1),
+    "the last row for padding": lambda table, x: x + F.embedding(torch.arange(1, 1 + T), table.weight, padding_idx=-1),
+    "scaled by frequency": lambda table, x: (
+        x + F.embedding(torch.tensor([3, 1, 3, 0]), table.weight, scale_grad_by_freq=True)
+    ),
+    "a piece": lambda table, x: x + table(torch.arange(T + 1))[:T],
+    "turned around": lambda table, x: x + table(torch.arange(T)).flip(0),
+    "transposed": lambda table, x: x + table(torch.arange(6).clamp(max=T)).T[:T],
+    "scaled": lambda table, x: x + 2 * table(torch.arange(T)),
+    "expanded": lambda table, x: x + table(torch.tensor([2])).expand(T, 6),
+    "as weights": lambda table, x: F.linear(x, table(torch.arange(T))) @ table(torch.arange(T)),
+    "of a tied table": lambda table, x: F.linear(x, table.weight) @ table.weight + table(torch.arange(T)),
+}
+
+
+@pytest.mark.parametrize("how", LOOK_UPS)
+def test_tables_of_which_constants_read_rows(how):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.table = nn.Linear(6, 6), nn.Embedding(T + 1, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return LOOK_UPS[how](self.table, self.first(x))
+
+    check(scramble(Net()), (torch.randn(3, T, 6),))
+
+
+def test_position_tables_are_not_multiplied_out():
+    model = Encoder()
+    with perex.attach(model, param_grads=False) as px:
+        px.backward(model(IDS, torch.arange(T)).sum((1, 2)))
+    assert next(row.way for row in px.report().rows if row.parameters == ("position.weight",)) == "segments"

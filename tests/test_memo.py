@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import perex
+from perex.capture.forward import Forward
+from perex.capture.memo import MOST_PLACES
+from perex.capture.parameters import Entry
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "speed"))
 
@@ -144,9 +149,35 @@ def test_it_holds_on_to_nothing():
     """No tensor, no graph and no forward is kept alive, and ever new shapes do not fill the memory."""
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
     with perex.attach(model, audit=False) as px:
-        for size in range(2, 60):
-            px.backward(summed(model(torch.randn(size, 3))))
+        for step in range(116):
+            px.backward(summed(model(torch.randn(2 + step // 2, 3))))
         memo = px._session.memo
         assert 0 < len(memo.known) <= 4 * 58
-        assert all(known.call is None or known.call.forward is None for known in memo.known.values())
-        assert all(known.call is None or not known.call.slots for known in memo.known.values())
+        found = reachable(memo)
+        assert not [value for value in found if isinstance(value, (Tensor, Forward))]
+        assert [value for value in found if isinstance(value, Entry)]
+
+
+def test_parameters_that_are_ever_new_do_not_fill_it():
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    x = torch.randn(B, 3)
+    with perex.attach(model, audit=False) as px:
+        for _ in range(MOST_PLACES + 5):
+            model[2].weight = nn.Parameter(torch.randn(2, 5))
+            px.backward(summed(model(x)))
+        torch.testing.assert_close(px.norms(), alone(copy.deepcopy(model), (x,), summed))
+        assert all(len(known.calls) <= MOST_PLACES for known in px._session.memo.known.values())
+
+
+def reachable(value: object) -> list[object]:
+    """What an object holds on to, not looking into parameters' entries, classes, functions and modules."""
+    found, seen, ahead = [], {id(value)}, [value]
+    while ahead:
+        for held in gc.get_referents(ahead.pop()):
+            if id(held) in seen or isinstance(held, (type, types.FunctionType, types.ModuleType)):
+                continue
+            seen.add(id(held))
+            found.append(held)
+            if not isinstance(held, Entry):
+                ahead.append(held)
+    return found

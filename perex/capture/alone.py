@@ -160,7 +160,7 @@ def replay(record: Record, parameters: Parameters) -> Seen | None:
                     return seen
             if mode.differs:
                 return mode.differs[0]
-            alone = list(tensors_of(out))
+            alone = tensors_of(out)
             if len(alone) == len(record.outputs):
                 for seen, tensor in zip(record.outputs, alone, strict=True):
                     if b in seen.rows and not close(seen.rows[b], sampled(tensor), record.precision):

@@ -66,7 +66,7 @@ class Auditor:
         parameters: Parameters,
     ) -> Record | None:
         """A record for running some examples of this batch alone, if its inputs have shapes that are new."""
-        inputs = list(tensors_of((args, kwargs)))
+        inputs = tensors_of((args, kwargs))
         forward.shapes = tuple(kind_of(tensor, forward.batch) for tensor in inputs), module.training
         if not self.enabled or parameters.sharded:  # then every process would have to run as many
             return None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from perex.capture.parameters import Entry, Shared, Source
 from perex.errors import UnsupportedError
-from perex.factors import Dense, Factor, Part, Place
+from perex.factors import Dense, Factor, Part, Place, Rows
 from perex.factors.part import once_each
 from perex.kernels.products import widen
+from perex.rules.embedding import keep
 
 
 def of_parameters(source: Source, factor: Factor) -> Iterator[tuple[Entry, Factor]]:
@@ -22,6 +24,10 @@ def of_parameters(source: Source, factor: Factor) -> Iterator[tuple[Entry, Facto
     place = place_of(source)
     if place is not None:
         yield source.entries[0], Part(factor, place)
+        return
+    rows = looked_up(source, factor)
+    if rows is not None:
+        yield source.entries[0], rows
         return
     with torch.enable_grad():
         pulled = {entry: widen(grad) for entry, grad in pull_back(source, factor.dense(0, factor.batch))}
@@ -62,6 +68,32 @@ def place_of(shared: Shared) -> Place | None:
         return None
     offset = int(tensor.storage_offset()) - int(stand_in.storage_offset())
     return Place(stand_in.shape, tuple(tensor.shape), tensor.stride(), offset)
+
+
+RESHAPES = frozenset(f"{name}Backward0" for name in "Alias ReshapeAlias Squeeze UnsafeView Unsqueeze View".split())
+"""Likewise, of those that show all elements in their order."""
+
+
+def looked_up(shared: Shared, factor: Factor) -> Rows | None:
+    """The gradients of a table of which a derived tensor is rows in some order, as position embeddings are."""
+    if len(shared.entries) != 1 or not isinstance(factor, Dense) or not shared.tensor.is_contiguous():
+        return None
+    node: Any = shared.tensor.grad_fn
+    (stand_in,) = shared.stand_ins
+    while node is not None and node.name() in RESHAPES:
+        node = node.next_functions[0][0]
+    if node is None or node.name() != "EmbeddingBackward0" or node._saved_scale_grad_by_freq:
+        return None
+    table = node.next_functions[0][0]
+    if table is not stand_in.grad_fn and getattr(table, "variable", None) is not stand_in:
+        return None
+    ids, (size, width) = node._saved_indices.reshape(1, -1), stand_in.shape
+    if ids.numel() * width != shared.tensor.numel() or shared.tensor._version != shared.version:
+        return None
+    ids = ids.expand(factor.batch, -1)
+    padding = node._saved_padding_idx  # 2**64 - 1 where there is none
+    grads = factor.values.reshape(factor.batch, ids.shape[1], width)
+    return Rows(ids, keep(ids, grads, padding if padding < size else None, size), shared.entries[0].parameter.shape)
 
 
 def pull_back(shared: Shared, grads: Tensor) -> list[tuple[Entry, Tensor]]:

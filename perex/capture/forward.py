@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,15 +13,15 @@ from torch import Tensor
 from perex.capture.axis import Held
 from perex.capture.parameters import Entry, Shared, Source
 from perex.errors import PerexError
-from perex.factors.base import Factor
-from perex.factors.outline import Outline, outline
+from perex.factors.outline import Outline
+from perex.kernels.readers import Readers
 
 if TYPE_CHECKING:
     from perex.capture.record import Record
     from perex.capture.suspects import Suspect
     from perex.rules.call import Call
 
-__all__ = ["Entry", "Forward", "Receiver", "Shared", "Source", "Use"]
+__all__ = ["Entry", "Forward", "Receiver", "Shared", "Site", "Source", "Tapped", "Use"]
 
 
 class Receiver(Protocol):
@@ -34,7 +34,7 @@ class Receiver(Protocol):
         """A gradient reached a parameter from a use that nobody saw."""
 
     def receive(
-        self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], sums: Sequence[str]
+        self, tapped: Tapped, saved: Sequence[Tensor], grads: Sequence[Tensor | None], sums: Sequence[str]
     ) -> Mapping[str, Tensor]:
         """An output gradient of a call has arrived; what is wanted back are some parameters' gradients."""
 
@@ -49,7 +49,7 @@ class Receiver(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Use:
+class Site:
     """What reports need to know of a call: names and shapes, and no tensor.
 
     Attributes:
@@ -60,8 +60,6 @@ class Use:
         shapes: of the call's tensors.
         axes: where the examples are in them.
         out_axes: where the examples are in the outputs.
-        outputs: shapes of the output gradients, when they have arrived; None for one that did not.
-        factors: the gradients that were made of them, in the order of `parameters`.
     """
 
     module: str
@@ -71,8 +69,37 @@ class Use:
     shapes: list[torch.Size]
     axes: Sequence[Held | None]
     out_axes: Sequence[Held]
+
+
+@dataclass(slots=True, eq=False)
+class Use:
+    """A call of one forward, for reports.
+
+    Attributes:
+        site: what is known of the call.
+        outputs: shapes of the output gradients, when they have arrived; None for one that did not.
+        factors: outlines of the gradients that were made of them, in the order of the site's parameters.
+    """
+
+    site: Site
     outputs: list[torch.Size | None] | None = None
     factors: list[tuple[Entry, Outline]] | None = None
+
+
+class Tapped(NamedTuple):
+    """What a tap knows.
+
+    Attributes:
+        forward: the forward that it was put into.
+        call: the operator call that it is behind.
+        use: that call, for reports.
+        summed: the parameters whose `.grad` the tap gives, since the norm brings it along.
+    """
+
+    forward: Forward
+    call: Call
+    use: Use
+    summed: tuple[str, ...] = ()
 
 
 class Forward:
@@ -83,8 +110,9 @@ class Forward:
         batch: number of examples, B.
         path: the module whose call it is.
         tracked: the parameters that are wanted.
-        uses: how many factors each parameter will get, if every call's gradient arrives.
+        uses: how many factors each parameter, by name, will get, if every call's gradient arrives.
         paths: for reports, each call, in order.
+        readers: how many calls will read each tensor again in the backward.
         sentinel: an input of all taps that requires grad. It is not a leaf, so that its node tells whether a
             backward is restricted to some inputs (`torch.autograd.grad`).
         strength: how much that doubt weighs; see `perex.capture.doubts`.
@@ -113,7 +141,7 @@ class Forward:
         self.batch = batch
         self.path = path
         self.tracked = tracked
-        self.uses: Counter[Entry] = Counter()
+        self.uses: Counter[str] = Counter()
         self.doubt: str | None = None
         self.strength = 0
         self.half = False
@@ -130,7 +158,7 @@ class Forward:
         self.asks: str | None = None
         self.shapes: object = None
         self.paths: list[Use] = []
-        self.places: dict[int, Use] = {}
+        self.readers = Readers()
         self.sentinel = torch.zeros((), requires_grad=True).clone()
 
     @property
@@ -138,35 +166,20 @@ class Forward:
         """Whether it runs inside a backward, as checkpointing does."""
         return self.number < 0
 
-    def entered(self, call: Call) -> None:
+    def entered(self, call: Call) -> Use:
         """Count what a call will bring."""
-        parameters: list[tuple[Entry, bool]] = []
-        for source in call.slots.values():
-            if isinstance(source, Shared):
-                parameters.extend((entry, True) for entry in source.entries)
-            else:
-                parameters.append((source, False))
-        self.uses.update(entry for entry, _ in parameters)
-        use = Use(call.where, call.name, call.rule.name, parameters, call.shapes, call.axes, call.out_axes)
+        site = call.site = call.site or site_of(call)
+        for entry, _ in site.parameters:
+            self.uses[entry.name] += 1
+        use = Use(site)
         self.paths.append(use)
-        self.places[id(call)] = use  # a call that is gone by then asks for nothing, so its place may be another's
-
-    def arrived(self, call: Call, grads: Sequence[Tensor | None]) -> None:
-        """Keep, for reports, the shapes of the output gradients of a call."""
-        use = self.places[id(call)]
-        use.outputs, use.factors = [None if grad is None else grad.shape for grad in grads], []
-
-    def made(self, call: Call, entry: Entry, factor: Factor) -> None:
-        """Keep, for reports, what kind of gradients and of what shapes a call brought to a parameter."""
-        use = self.places[id(call)]
-        assert use.factors is not None
-        use.factors.append((entry, outline(factor)))
+        return use
 
     def receive(
-        self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], sums: Sequence[str]
+        self, tapped: Tapped, saved: Sequence[Tensor], grads: Sequence[Tensor | None], sums: Sequence[str]
     ) -> Mapping[str, Tensor]:
         """Hand on what a tap got."""
-        return self.receiver.receive(call, saved, grads, sums)
+        return self.receiver.receive(tapped, saved, grads, sums)
 
     def hook_changed(self) -> None:
         """A module's gradient hook has changed a gradient."""
@@ -180,3 +193,14 @@ class Forward:
     def refuse(self, error: PerexError) -> None:
         """Hand on why the running backward's numbers would be wrong."""
         self.receiver.refuse(error)
+
+
+def site_of(call: Call) -> Site:
+    """What reports need to know of a call."""
+    parameters: list[tuple[Entry, bool]] = []
+    for source in call.slots.values():
+        if isinstance(source, Shared):
+            parameters.extend((entry, True) for entry in source.entries)
+        else:
+            parameters.append((source, False))
+    return Site(call.where, call.name, call.rule.name, parameters, call.shapes, call.axes, call.out_axes)

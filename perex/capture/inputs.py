@@ -52,11 +52,11 @@ def packed_in(value: Any) -> Iterator[PackedSequence]:
     """The packed sequences in what a module takes."""
     if isinstance(value, PackedSequence):
         yield value
-    elif isinstance(value, Mapping):
-        yield from packed_in(list(value.values()))
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from packed_in(item)
+    elif not isinstance(value, Tensor) and isinstance(value, Mapping):
+        yield from packed_in(list(value.values()))
 
 
 def packed_label(sequence: PackedSequence) -> Held | None:

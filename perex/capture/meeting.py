@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 from perex.capture.axis import Axis, Held, Label, Lost, Single
 from perex.capture.carry import tensors_in
 from perex.capture.checkpoint import run_recomputation_in, sparing
-from perex.capture.forward import Forward
+from perex.capture.forward import Forward, Tapped
 from perex.capture.labels import Labels
-from perex.capture.memo import Known
+from perex.capture.memo import Known, Place
 from perex.capture.parameters import Entry, Source
 from perex.capture.refusals import Refusals
 from perex.capture.taps import Poison, Tap
@@ -85,55 +84,56 @@ class Meeting:
                     call.rows[index] = axis
         return self.tap(call, out, [values[i] if sources[i] is None else values[i].detach() for i in call.kept])
 
-    def again(self, known: Known, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def again(
+        self, known: Known, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], places: Sequence[Place]
+    ) -> Any:
         """Run an operator of which all but its tensors is known."""
-        parameters, call = self.labels.parameters, known.call
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        entries = [parameters.entries.get(id(tensor)) for tensor in tensors]
-        values = [t if e is None else self.value(e) for t, e in zip(tensors, entries, strict=True)]
-        summed = self.shares_sums(known)
-        for name in summed:
-            number = known.numbers[name]  # type: ignore[index]
-            values[number] = values[number].detach()
-        given = iter(values)
-        run_args = [next(given) if isinstance(value, Tensor) else value for value in args]
-        run_kwargs = {name: next(given) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
-        out = func(*run_args, **run_kwargs)
-        if call is None or known.numbers is None:
+        given: dict[int | str, Any] = {}
+        call: Call | None = None
+        summed: tuple[str, ...] = ()
+        aliases: list[Tensor] = []
+        entries: dict[int, Place] = {}
+        if places:
+            for place in places:
+                given[place.key] = self.value(place.entry)
+            if known.call is not None:
+                entries = {place.number: place for place in places}
+                own = [entries[number] for number in known.numbers.values()]
+                call = known.call_at(self.refuse.where(), [place.entry for place in own])
+                summed = self.shares_sums(call)
+                for name, place in zip(known.numbers, own, strict=True):
+                    if name in summed:
+                        aliases.append(given[place.key])
+                        given[place.key] = given[place.key].detach()
+            args = tuple([given.get(key, value) for key, value in enumerate(args)])
+            kwargs = {key: given.get(key, value) for key, value in kwargs.items()}
+        out = func(*args, **kwargs)
+        if call is None:
             self.labels.mark(out, known.label)
             return out
-        slots: dict[Any, Any] = {name: entries[number] for name, number in known.numbers.items()}
-        call = replace(
-            call,
-            forward=self.forward,
-            where=self.refuse.where(),
-            slots=slots,
-            shapes=[tensor.shape for tensor in tensors],
-            summed=summed,
-        )
-        saved = [values[i].detach() if entries[i] is not None else values[i] for i in call.kept]
-        return self.tap(call, out, saved, [parameters.read(slots[name]) for name in summed])
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        saved = [tensors[i].detach() if i in entries else tensors[i] for i in call.kept]
+        return self.tap(call, out, saved, summed, aliases)
 
-    def shares_sums(self, known: Known) -> tuple[str, ...]:
+    def shares_sums(self, call: Call) -> tuple[str, ...]:
         """Of which parameters a call is to leave the gradient to its tap, because the norm brings it along.
 
         Autograd computes it where another dtype is computed in, where what is saved is counted or moved (checkpoints),
         where parameters are shards, and where running the operator again would take more than is kept.
         """
-        call, parameters = known.call, self.labels.parameters
-        if call is None or not call.sharing.names or not parameters.param_grads or parameters.sharded:
+        parameters = self.labels.parameters
+        if not call.sharing.names or not parameters.param_grads or parameters.sharded:
             return ()
         if self.forward.recomputed or sparing() or torch.is_autocast_enabled("cpu"):
             return ()
-        assert known.numbers is not None
-        if {*call.kept, *known.numbers.values()} != set(range(len(call.axes))):
+        if len({*call.kept, *(call.template(name).number for name in call.slots)}) != len(call.axes):
             return ()
         return call.sharing.names
 
     def value(self, entry: Entry) -> Tensor:
         """What an operator reads in place of a parameter: detached where its gradient is not wanted from autograd."""
         value = self.labels.parameters.read(entry)
-        return value.detach() if entry.tracked and not self.labels.parameters.param_grads else value
+        return value.detach() if not self.labels.parameters.param_grads and entry.tracked else value
 
     def poisoned(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: Lost, saved: list[Tensor]
@@ -190,7 +190,6 @@ class Meeting:
     ) -> Call:
         """What the rule will need to know of a call."""
         call = Call(
-            forward=self.forward,
             where=self.refuse.where(),
             func=func,
             rule=rule,
@@ -207,22 +206,32 @@ class Meeting:
         call.kept = sorted({ref.number for ref in saved if isinstance(ref, Ref)})
         return call
 
-    def tap(self, call: Call, out: Any, saved: list[Tensor], aliases: Sequence[Tensor] = ()) -> Any:
+    def tap(
+        self,
+        call: Call,
+        out: Any,
+        saved: list[Tensor],
+        summed: tuple[str, ...] = (),
+        aliases: Sequence[Tensor] = (),
+    ) -> Any:
         """Put a tap behind the results of a call."""
         self.latest = call
-        out_axes = call.out_axes
-        if self.forward.record is not None:
-            self.forward.record.met(call, tensors_in(out) or list(out), out_axes)
-        number(call, self.forward.batch)
-        self.forward.entered(call)
-        self.forward.sparing |= sparing()
-        self.forward.once |= run_recomputation_in(self.recomputing)
+        forward, out_axes = self.forward, call.out_axes
+        if forward.record is not None:
+            forward.record.met(call, tensors_in(out) or list(out), out_axes)
+        if call.site is None:  # else it is numbered
+            number(call, forward.batch)
+        use = forward.entered(call)
+        forward.readers.expect(saved)
+        if sparing():
+            forward.sparing = True
+            forward.once |= run_recomputation_in(self.recomputing)
         produced: list[Tensor] = []
         template = pack(out, produced)
         if not produced:  # a named result, as `torch.max` has
             produced = list(out)
-        self.forward.half = self.forward.half or any(tensor.dtype == torch.float16 for tensor in produced)
-        tapped = Tap.apply(call, saved, self.forward.sentinel, *aliases, *produced)
+        forward.half = forward.half or torch.float16 in [tensor.dtype for tensor in produced]
+        tapped = Tap.apply(Tapped(forward, call, use, summed), saved, forward.sentinel, *aliases, *produced)
         for tensor, axis in zip(tapped, out_axes, strict=True):
             self.labels.mark(tensor, axis)
         return type(out)(tapped) if template is out else unpack(template, tapped)

@@ -6,8 +6,8 @@ from shapes and options, never from values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from perex.capture.axis import Axis
 from perex.capture.carry import member
 from perex.capture.doubts import Doubts
 from perex.capture.labels import Labels
-from perex.capture.parameters import Entry
+from perex.capture.parameters import Entry, Source
 from perex.rules.call import Call
 
 ALIKE = frozenset(
@@ -38,8 +38,22 @@ MOST = 4096
 LITERALS = (int, float, bool, str, type(None))
 
 
-NO_FORWARD: Any = None
-"""What is remembered holds on to no forward."""
+MOST_PLACES = 1024
+"""How many places of one form are remembered: parameters that are replaced in every step would fill the memory."""
+
+
+class Place(NamedTuple):
+    """A parameter among the arguments of a call.
+
+    Attributes:
+        key: the argument's position, or its name.
+        number: its number among the tensors.
+        entry: the parameter.
+    """
+
+    key: int | str
+    number: int
+    entry: Entry
 
 
 @dataclass(frozen=True)
@@ -48,13 +62,27 @@ class Known:
 
     Attributes:
         label: where the examples are in the result.
-        call: where parameters are among the arguments, what is recorded of the call, but for its forward.
-        numbers: the parameters' places among the tensors, by the rule's names for them.
+        call: what is recorded of a call in which parameters meet examples.
+        numbers: these parameters' places among its tensors, by the rule's names for them.
+        calls: the same for each module and parameters that came by.
     """
 
     label: Axis
     call: Call | None = None
-    numbers: dict[str, int] | None = None
+    numbers: dict[str, int] = field(default_factory=dict)
+    calls: dict[tuple[Any, ...], Call] = field(default_factory=dict)
+
+    def call_at(self, where: str, entries: list[Entry]) -> Call:
+        """The call of this form in module `where`, with `entries` in the places of `numbers`."""
+        key = where, *map(id, entries)
+        call = self.calls.get(key)
+        if call is None:
+            assert self.call is not None
+            if len(self.calls) >= MOST_PLACES:
+                self.calls.clear()
+            slots: dict[Any, Source] = dict(zip(self.numbers, entries, strict=True))
+            call = self.calls[key] = replace(self.call, where=where, slots=slots, outlines={}, site=None)
+        return call
 
 
 class Memo:
@@ -63,31 +91,39 @@ class Memo:
     def __init__(self) -> None:
         self.known: dict[Any, Known] = {}
 
-    def form(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Labels, doubts: Doubts) -> Any:
-        """All that labels and rules depend on; None where that is more than this says."""
-        form: list[Any] = [func, labels.batch, *kwargs]
-        entries = labels.parameters.entries
-        for value in (*args, *kwargs.values()):
+    def form(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Labels, doubts: Doubts
+    ) -> tuple[Any, list[Place]]:
+        """All that labels and rules depend on, None where that is more than this says; and where parameters are."""
+        form: list[Any] = [func, labels.batch]
+        places: list[Place] = []
+        entries, number = labels.parameters.entries, 0
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for key, value in given:
             if isinstance(value, Tensor):
                 mark = labels.of(value)
                 if type(mark) is Axis:
                     if mark.owners is not None:
-                        return None
+                        return None, places
                     form.append(mark)
                 elif mark is not None:
-                    return None
+                    return None, places
                 elif (entry := entries.get(id(value))) is not None:
                     form.append(entry.tracked)
+                    places.append(Place(key, number, entry))
                 elif value.requires_grad or isinstance(value, nn.Parameter) or doubts.foreign(value):
-                    return None
+                    return None, places
                 form += value.shape, value.dtype, value.layout
+                number += 1
             elif type(value) in LITERALS:
                 form += type(value), value
-            elif type(value) in (tuple, torch.Size) and all(type(item) is int for item in value):
+            elif type(value) in (tuple, torch.Size) and {int}.issuperset(map(type, value)):
                 form.append(value)
             else:
-                return None
-        return tuple(form)
+                return None, places
+            if type(key) is str:
+                form.append(key)
+        return tuple(form), places
 
     def learn(self, form: Any, out: Any, args: Any, labels: Labels, call: Call | None) -> None:
         """Remember what was found of a call."""
@@ -105,4 +141,4 @@ class Memo:
         if any(not isinstance(source, Entry) for source in call.slots.values()):
             return
         numbers = {name: template.number for name, template in templates.items()}
-        self.known[form] = Known(label, replace(call, forward=NO_FORWARD, slots={}, shapes=[]), numbers)
+        self.known[form] = Known(label, replace(call, slots={}, outlines={}, site=None), numbers)

@@ -139,12 +139,12 @@ class Capture(TorchFunctionMode):
 
     def alike(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Follow one operator as the last one that was called alike, or find out about it and remember that."""
-        form = None
-        if not torch._C._are_functorch_transforms_active():
-            form = self.memo.form(func, args, kwargs, self.labels, self.doubts)
-        known = None if form is None else self.memo.known.get(form)
+        if torch._C._are_functorch_transforms_active():
+            return self.look_at(func, args, kwargs)
+        form, places = self.memo.form(func, args, kwargs, self.labels, self.doubts)
+        known = self.memo.known.get(form)
         if known is not None:
-            return self.meeting.again(known, func, args, kwargs)
+            return self.meeting.again(known, func, args, kwargs, places)
         strength, self.meeting.latest = self.forward.strength, None
         out = self.look_at(func, args, kwargs)
         if form is not None and self.forward.strength == strength:

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
 
+LEAVES = frozenset({bool, int, float, str, type(None)})
+"""Types of most of what is neither a tensor nor holds one: whether they are mappings takes long to ask."""
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
+
+def tensors_of(value: Any) -> list[Tensor]:
     """The tensors in what a module takes or returns: containers, mappings and dataclasses are looked into."""
     if isinstance(value, Tensor):
-        yield value
+        return [value]
+    found: list[Tensor] = []
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            found += tensors_of(item)
+    elif type(value) in LEAVES:
+        pass
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from tensors_of(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_of(item)
+            found += tensors_of(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for item in dataclasses.fields(value):
-            yield from tensors_of(getattr(value, item.name, None))
+        for field in dataclasses.fields(value):
+            found += tensors_of(getattr(value, field.name, None))
+    return found
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

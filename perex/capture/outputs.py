@@ -107,7 +107,9 @@ class Outputs:
         edges: list[Output] = []
         self.edges = [*self.edges[-1:], (capture.forward.number, edges)]
         packed = {id(sequence.data) for sequence in packed_in(out)}
-        labels = [capture.labels.of(tensor) for tensor in tensors_of(out) if tensor.requires_grad]
+        tensors = tensors_of(out)
+        marks = [capture.labels.of(tensor) for tensor in tensors]
+        labels = [mark for tensor, mark in zip(tensors, marks, strict=True) if tensor.requires_grad]
         first = capture.inputs[0]
         single_row = first.dim() > self.batch_dim and first.size(self.batch_dim) == 1
         elsewhere = any(isinstance(label, Axis) and label.dim != self.batch_dim for label in labels)
@@ -117,14 +119,13 @@ class Outputs:
                 "no output of the model has rows of the examples: is one of its inputs with as many rows the batch, or "
                 "something that all examples share? `px.backward(losses)`, with one loss an example, can tell"
             )
-        singles = {label.example for t in tensors_of(out) if isinstance(label := capture.labels.of(t), Single)}
+        singles = {label.example for label in marks if isinstance(label, Single)}
         if singles and len(singles) < capture.forward.batch:
             capture.forward.asks = (
                 "an output of the model is of one example, and not every example has one: whether only that example's "
                 "loss reads it, `px.backward(losses)` can tell"
             )
-        for place, tensor in enumerate(tensors_of(out)):
-            label = capture.labels.of(tensor)
+        for place, (tensor, label) in enumerate(zip(tensors, marks, strict=True)):
             if isinstance(label, Axis) and label.owners is not None and id(tensor) not in packed:
                 if bool((label.owners.ids.diff() < 0).any()):
                     capture.forward.asks = (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from perex.capture.axis import Held, Single
 from perex.capture.doubts import FAINT
-from perex.capture.forward import Forward
+from perex.capture.forward import Forward, Tapped
 from perex.capture.precision import precision
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
 from perex.kernels.products import widen
@@ -100,13 +100,14 @@ class Probe:
             self.signs[key] = signs.to(rows)
         return self.signs[key]
 
-    def receive(self, call: Call, grads: Sequence[Tensor | None]) -> None:
+    def receive(self, tapped: Tapped, grads: Sequence[Tensor | None]) -> None:
         """Take what a tap got in the weighted backward; in the other, see whether it fits."""
+        call = tapped.call
         if self.weighted:
-            self.seen[id(call)] = self.prints(call, grads)
+            self.seen[id(tapped)] = self.prints(call, grads)
             return
-        before = self.seen.pop(id(call), None)
-        weights = self.weights.get(call.forward)
+        before = self.seen.pop(id(tapped), None)
+        weights = self.weights.get(tapped.forward)
         if before is None or weights is None or self.error is not None:
             return
         for one, other in zip(before, self.prints(call, grads), strict=True):

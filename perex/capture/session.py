@@ -29,12 +29,12 @@ from perex.capture.parameters import Parameters, Selection
 from perex.capture.sharding import is_managed, leave_last, refuse_flat
 from perex.capture.suspects import of_module_hook
 from perex.errors import AttachError
-from perex.rules.registry import module_rule_for
+from perex.rules.registry import MODULES, module_rule_for
 
 _sessions = itertools.count()
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Frame:
     """A module call that is running.
 
@@ -139,7 +139,7 @@ class Session:
         if self.parameters.sharded and self.root is not None:
             leave_last(self.root)
         refuse_batch_statistics(path, module)
-        if self.capture is not None and self.capture.opaque is None:
+        if MODULES and self.capture is not None and self.capture.opaque is None:
             self.open_module(frame, module, args, kwargs)
 
     def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:

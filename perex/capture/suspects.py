@@ -45,7 +45,7 @@ def of_function(node: Any) -> Suspect:
     """An autograd function, by its node."""
     metadata = node._input_metadata
     takes = tuple(torch.empty(tuple(one.shape), dtype=one.dtype, device="meta") for one in metadata)
-    call = next((found.call for found in nodes([node]) if hasattr(found, "call")), None)  # the tap before it
+    call = next((found.tapped.call for found in nodes([node]) if hasattr(found, "tapped")), None)  # the tap before it
     place = f", behind module '{call.where}'," if call is not None and call.where else ""
     name = f"The autograd function '{node._forward_cls.__name__}'{place}"
     return Suspect(name, node.apply, takes, metadata[0].device)

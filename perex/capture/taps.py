@@ -7,7 +7,7 @@ returned a view, and autograd still notices an in-place change that would spoil 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +17,7 @@ from torch.autograd.function import FunctionCtx
 from perex.errors import PerexError, UnsupportedError
 
 if TYPE_CHECKING:
-    from perex.capture.forward import Entry, Forward
-    from perex.rules.call import Call
+    from perex.capture.forward import Entry, Forward, Tapped
 
 
 class Tap(torch.autograd.Function):
@@ -33,27 +32,29 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, call: Call, saved: list[Tensor], sentinel: Tensor, *tensors: Tensor
+        ctx: FunctionCtx, tapped: Tapped, saved: list[Tensor], sentinel: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         """Return the outputs, which come behind the aliases, as they are."""
-        ctx.call = call  # type: ignore[attr-defined]
+        ctx.tapped = tapped  # type: ignore[attr-defined]
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        return tuple(output.detach() for output in tensors[len(call.summed) :])
+        return tuple([output.detach() for output in tensors[len(tapped.summed) :]])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Pass the gradients on, after the tracker has seen them."""
-        call: Call = ctx.call
+        tapped: Tapped = ctx.tapped
+        summed = tapped.summed
         sums: Mapping[str, Tensor] = {}
         if any(grad is not None for grad in grads):
-            nodes = ctx.next_functions[1 : 1 + len(call.summed)]
-            wanted = [n for n, (node, _) in zip(call.summed, nodes, strict=True) if will_run(node)]
-            sums = call.forward.receive(call, ctx.saved_tensors, grads, wanted)
+            wanted: Sequence[str] = ()
+            if summed:
+                nodes = ctx.next_functions[1 : 1 + len(summed)]
+                wanted = [n for n, (node, _) in zip(summed, nodes, strict=True) if will_run(node)]
+            sums = tapped.forward.receive(tapped, ctx.saved_tensors, grads, wanted)
             if torch.is_grad_enabled():  # create_graph=True
-                sentinel = call.forward.sentinel
-                grads = tuple(g if g is None else Second.apply(call, sentinel, g) for g in grads)
-        return None, None, None, *(sums.get(name) for name in call.summed), *grads
+                grads = tuple(g if g is None else Second.apply(tapped, tapped.forward.sentinel, g) for g in grads)
+        return None, None, None, *[sums.get(name) for name in summed], *grads
 
 
 def will_run(node: Any) -> bool:
@@ -69,18 +70,18 @@ class Second(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, call: Call, sentinel: Tensor, grad: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, tapped: Tapped, sentinel: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient as it is."""
-        ctx.call = call  # type: ignore[attr-defined]
+        ctx.tapped = tapped  # type: ignore[attr-defined]
         return grad.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
         """Report, and pass the gradient on."""
-        ctx.call.forward.refuse(
+        ctx.tapped.forward.refuse(
             UnsupportedError(
-                f"the loss contains a gradient that went through module '{ctx.call.where}' (a gradient penalty, or a "
-                "force): parameters are used in the backward itself then, where perex does not see them"
+                f"the loss contains a gradient that went through module '{ctx.tapped.call.where}' (a gradient penalty, "
+                "or a force): parameters are used in the backward itself then, where perex does not see them"
             )
         )
         return None, None, grad

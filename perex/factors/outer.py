@@ -10,6 +10,7 @@ from torch import Tensor
 from perex.factors.base import Factor
 from perex.kernels import outer as kernel
 from perex.kernels.plan import Plan
+from perex.kernels.readers import current
 
 
 @dataclass(eq=False)
@@ -26,6 +27,8 @@ class Outer(Factor):
     right: Tensor
     shape: torch.Size
     summing: bool = False
+    repeats: bool = False
+    """Whether another layer had read `right` before, and left something that the norm was spared."""
 
     @property
     def batch(self) -> int:  # type: ignore[override]
@@ -42,13 +45,17 @@ class Outer(Factor):
             norms, total = kernel.summed(self.left, self.right)
             self.total = total.reshape(self.shape)
             return norms
-        return kernel.squared_norm(self.left.unsqueeze(1), self.right.unsqueeze(1))
+        readers = current()
+        before = readers.hits
+        norms = kernel.squared_norm(self.left.unsqueeze(1), self.right.unsqueeze(1))
+        self.repeats = readers.hits > before
+        return norms
 
     def plan(self) -> Plan:
         """See `Factor.plan`."""
         if self.summing:
             return self.summed_plan()
-        return kernel.plan(self.left.unsqueeze(1).shape, self.right.unsqueeze(1).shape)
+        return kernel.plan(self.left.unsqueeze(1).shape, self.right.unsqueeze(1).shape, self.repeats)
 
     def summed_plan(self) -> Plan:
         """See `Factor.summed_plan`."""

@@ -2,12 +2,14 @@ r"""Squared norms and inner products of sums of outer products, $G_b = \sum_t l_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from perex.kernels import readers
 from perex.kernels.blocks import block, block_size, example_blocks, pair_block_size
 from perex.kernels.cancellation import recomputed
 from perex.kernels.gpu import seconds
@@ -21,8 +23,9 @@ from perex.kernels.triton.tiles import covered, direct_tile, gram_tile, steps, t
 NORMS = Strategies("outer products")
 """Ways to $\\|G_b\\|^2$, for `left` of shape `(B, G, T, m)` and `right` `(B, G, T, n)`, with G independent groups."""
 
-PIECES, SHORTEST = 4, 64
-"""Into how many pieces positions are split for symmetric products, and how short these may be."""
+PIECES, SHORTEST = 4, 16
+"""Into how many pieces positions are cut that cannot be halved any more, for products of all pairs, and how short runs
+of them may be."""
 
 
 DIRECT = {"half": 0.82, "TF32": 0.14, "float32": 0.4}
@@ -44,9 +47,14 @@ def squared_norm(left: Tensor, right: Tensor) -> Tensor:
     return NORMS.run((left.shape, right.shape), left, right)
 
 
-def plan(left: torch.Size, right: torch.Size) -> Plan:
-    """What `squared_norm` does with tensors of these shapes."""
-    return NORMS.choose(left, right)
+def plan(left: torch.Size, right: torch.Size, repeats: bool = False) -> Plan:
+    """What `squared_norm` does with tensors of these shapes; with `repeats`, after another layer that read `right`."""
+    plan = NORMS.choose(left, right)
+    if repeats and plan.way == "Gram":
+        batch, groups, positions, _ = left
+        spared = 2 * batch * groups * products(positions)[0] * right[3]
+        return plan._replace(way="Gram, of a shared input", flops=plan.flops - spared)
+    return plan
 
 
 def _one_position(left: torch.Size, right: torch.Size) -> Plan | None:
@@ -58,7 +66,7 @@ def _one_position(left: torch.Size, right: torch.Size) -> Plan | None:
 @NORMS.way("one position", _one_position, narrow=True)
 def one_position(left: Tensor, right: Tensor) -> Tensor:
     r"""$\|l\|^2 \|r\|^2$."""
-    return (squares(left, 3) * squares(right, 3)).sum((1, 2))
+    return (squares(left, (2, 3)) * squares(right, (2, 3))).sum(1)
 
 
 def _direct(left: torch.Size, right: torch.Size) -> Plan | None:
@@ -109,43 +117,71 @@ def summed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return norms, total
 
 
-def pieces(positions: int) -> Iterator[tuple[int, int]]:
-    """Ranges of positions, for products of each with itself and all before it."""
-    step = max(SHORTEST, -(-positions // PIECES))
-    yield from ((start, min(start + step, positions)) for start in range(0, max(positions, 1), step))
+def pairs(x: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Runs of positions to be multiplied with each other, so that all pairs of positions are covered.
+
+    The later half meets the earlier one, likewise in each half, and so on while positions can be halved. What is left
+    is cut into pieces, each of which meets those before it and itself. All runs that meet at once have one length, so
+    that they are one batch of matrices.
+
+    Args:
+        x: `(B, G, T, m)`.
+
+    Yields:
+        `(B, G, R, t, m)`, `(B, G, R, s, m)`, and how many of the s positions come before the t, so
+        that their products count twice.
+    """
+    width = x.shape[2]
+    while width % 2 == 0 and width >= 2 * SHORTEST:
+        width //= 2
+        halves = x.unflatten(2, (-1, 2, width))
+        yield halves[:, :, :, 1], halves[:, :, :, 0], width
+    runs = x.unflatten(2, (-1, width))
+    step = max(2 * SHORTEST, -(-width // PIECES))
+    for start in range(0, width, step):
+        yield runs[..., start : start + step, :], runs[..., : start + step, :], start
+
+
+@functools.cache
+def products(positions: int) -> tuple[int, int]:
+    """How many products of positions `pairs` asks for, in all and at once."""
+    found = [one.shape[:-1].numel() * other.shape[-2] for one, other, _ in pairs(torch.empty(1, 1, positions, 0))]
+    return sum(found), max(found)
+
+
+def grams(x: Tensor) -> list[Tensor]:
+    r"""$x_t \cdot x_s$ of all `pairs`, `(B, G, R, t, s)` each."""
+    return [later @ earlier.mH for later, earlier, _ in pairs(x)]
 
 
 def _gram(left: torch.Size, right: torch.Size) -> Plan | None:
     batch, groups, positions, m = left
-    if positions == 1:
+    if positions < 2:
         return None
-    pairs = groups * sum((stop - start) * stop for start, stop in pieces(positions))
-    largest = groups * positions * max((stop - start for start, stop in pieces(positions)), default=0)
+    total, largest = (groups * count for count in products(positions))
     held = pair_block_size(batch, largest) * largest
-    return Plan("Gram", 2 * batch * pairs * (m + right[3] + 1), 2 * held, 2 * batch * pairs)
+    return Plan("Gram", 2 * batch * total * (m + right[3] + 1), 2 * held, 2 * batch * total)
 
 
 @NORMS.way("Gram", _gram)
 def gram(left: Tensor, right: Tensor) -> Tensor:
-    r"""$\sum_{ts} (l_t \cdot l_s)(r_t \cdot r_s)$: about $T^2 (m + n)$ operations an example.
-
-    It is symmetric: a piece of positions is multiplied with itself and, counted twice, with those before it.
-    """
+    r"""$\sum_{ts} (l_t \cdot l_s)(r_t \cdot r_s)$: about $T^2 (m + n)$ operations an example, as it is symmetric."""
     batch, groups, positions, _ = left.shape
-    ranges = list(pieces(positions))
-    largest = groups * positions * max((stop - start for start, stop in ranges), default=0)
+    count, largest = products(positions)
+    blocks = list(example_blocks(batch, groups * largest, pair_block_size(batch, groups * largest)))
+    of_right = readers.current().once(right, batch * groups * count, lambda: (grams(right[i:j]) for i, j in blocks))
     totals, sizes = [], []
-    for i, j in example_blocks(batch, largest, pair_block_size(batch, largest)):
+    for (i, j), rights in zip(blocks, of_right, strict=True):
         total: Tensor | float = 0.0
         size: Tensor | float = 0.0
-        for start, stop in ranges:
-            lefts = left[i:j, :, start:stop] @ left[i:j, :, :stop].mH  # (b, G, piece, stop)
-            rights = right[i:j, :, start:stop] @ right[i:j, :, :stop].mH
-            product = lefts.mul_(rights).real if lefts.is_complex() else lefts.mul_(rights)
-            total = total + product[..., start:].sum((1, 2, 3))
-            if start:
-                total = total + 2 * product[..., :start].sum((1, 2, 3))
-            size = size + (1 + bool(start)) * torch.linalg.vector_norm(product, 1, dim=(1, 2, 3))
+        for (later, earlier, twice), of_rights in zip(pairs(left[i:j]), rights, strict=True):
+            product = (later @ earlier.mH).mul_(of_rights).flatten(1, 3)  # (b, G R t, s)
+            product = product.real if product.is_complex() else product
+            if twice < product.shape[2]:
+                total = total + product[..., twice:].sum((1, 2))
+            if twice:
+                total = total + 2 * product[..., :twice].sum((1, 2))
+            size = size + (1 + bool(twice)) * torch.linalg.vector_norm(product, 1, dim=(1, 2))
         totals.append(total)
         sizes.append(size)
     return recomputed(joined(totals), joined(sizes), lambda b: direct(left[b], right[b]))
@@ -227,7 +263,7 @@ def gram_dot(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tenso
     return joined(parts)
 
 
-def squares(x: Tensor, dim: int) -> Tensor:
+def squares(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     r"""$\sum |x|^2$ over a dimension, without a tensor of squares."""
     return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float32 if x.dtype in HALVES else None).square()
 

@@ -13,7 +13,8 @@ from perex.capture.axis import Held
 from perex.kernels.products import HALVES, widen
 
 if TYPE_CHECKING:
-    from perex.capture.forward import Forward, Source
+    from perex.capture.forward import Entry, Site, Source
+    from perex.factors.outline import Outline
     from perex.rules.registry import Rule
 
 
@@ -61,7 +62,7 @@ class Sharing:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """What is known of one operator call when the forward is over.
+    """What is known of one operator call when the forward is over; the same for calls that are alike, in any forward.
 
     `axes[i]` is the batch axis of tensor `i`, or None where it is the same for all examples; `kept` are the numbers of
     the tensors that the rule reads again. `slots` names
@@ -70,11 +71,10 @@ class Call:
     path. There `rows[i]` is the axis of a shared or constant tensor whose rows are aligned with the examples, as
     those of `token.expand(B, -1, -1)` are. `batch` is the number of examples, or of those that have a part in the
     call, `examples`: rows that were routed to an expert are of a few. In all axes these are numbered from 0 then.
-    `summed` names the parameters whose `.grad` the tap gives, since the norm brings it along; `sharing` is what is
-    known of that, for the calls of later forwards too.
+    `sharing` says which gradients come with norms; `outlines` what reports say of the gradients that it brought, by the
+    forms of the output gradients; `site` what reports say of the call.
     """
 
-    forward: Forward
     where: str
     func: Callable[..., Any]
     rule: Rule
@@ -88,8 +88,9 @@ class Call:
     examples: list[int] | None = None
     kept: list[int] = field(default_factory=list)
     rows: dict[int, Held] = field(default_factory=dict)
-    summed: tuple[str, ...] = ()
     sharing: Sharing = field(default_factory=Sharing)
+    outlines: dict[Any, list[tuple[Entry, Outline]]] = field(default_factory=dict)
+    site: Site | None = None
 
     @property
     def name(self) -> str:
