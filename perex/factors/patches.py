@@ -10,8 +10,8 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.kernels.blocks import example_blocks
-from perex.kernels.convolution import by_group, multiplied_out, plan, squared_norm, summed, summed_plan
-from perex.kernels.geometry import Geometry, convolved, measures, patches, weight_gradient
+from perex.kernels.convolution import multiplied_out, plan, squared_norm, summed, summed_plan
+from perex.kernels.geometry import Geometry, by_group, convolved, measures, patches, weight_gradient
 from perex.kernels.plan import Plan
 
 

@@ -12,10 +12,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from perex.kernels import outer
+from perex.kernels import outer, pixels
 from perex.kernels.blocks import block_size, example_blocks
 from perex.kernels.cancellation import recomputed
-from perex.kernels.geometry import Geometry, measures, options_of, patches, weight_gradient, weight_gradients
+from perex.kernels.geometry import (
+    Geometry,
+    by_group,
+    measures,
+    options_of,
+    patches,
+    weight_gradient,
+    weight_gradients,
+)
 from perex.kernels.outer import whole_squares
 from perex.kernels.plan import Plan
 from perex.kernels.spot import current
@@ -157,85 +165,11 @@ def unfolded(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     return torch.cat(parts)
 
 
-def by_group(images: Tensor, groups: int) -> Tensor:
-    """`(b, R, C, *spatial)` as `(b, G, R, *spatial, C / G)`."""
-    return images.unflatten(2, (groups, -1)).movedim(2, 1).movedim(3, -1)
-
-
-def _pixel_gram(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
-    narrow, wide = (x, grads) if geometry.transposed else (grads, x)
-    pixels, places = wide[1] * math.prod(wide[3:]), narrow[1] * math.prod(narrow[3:])
-    products = geometry.groups * (pixels**2 * (wide[2] // geometry.groups) + places**2 * (narrow[2] // geometry.groups))
-    kernel, shifts = geometry.weight_shape[2:], 0
-    sides, now = list(wide[3:]), wide[1] ** 2 * math.prod(wide[3:]) ** 2
-    for axis, (size, place) in enumerate(zip(kernel, narrow[3:], strict=True)):
-        now = now // sides[axis] ** 2 * place**2
-        shifts += size * now if size > 1 else 0
-    largest = geometry.groups * max(pixels, places) ** 2
-    block = block_size(x[0], largest) * largest
-    moved = geometry.groups * (pixels**2 + shifts + 2 * places**2) * x[0]
-    return Plan("pixel Gram", x[0] * (2 * products + geometry.groups * (shifts + 2 * places**2)), 3 * block, moved, 1.1)
-
-
-@NORMS.way("pixel Gram", _pixel_gram)
+@NORMS.way("pixel Gram", pixels.plan)
 def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
-    r"""$\sum_{pq} (g_p \cdot g_q)(u_p \cdot u_q)$, with $u_p \cdot u_q = \sum_k x_{p+k} \cdot x_{q+k}$.
-
-    The Gram matrix of pixels is shifted along both of its sides and added up, one spatial dimension after the other:
-    the size of the kernel times channels never appears.
-    """
-    narrow, wide = (x, grads) if geometry.transposed else (grads, x)
-    spatial = wide.dim() - 3
-    pixels, places = wide.shape[1] * math.prod(wide.shape[3:]), narrow.shape[1] * math.prod(narrow.shape[3:])
-    totals, sizes = [], []
-    for i, j in example_blocks(x.shape[0], geometry.groups * max(pixels, places) ** 2):
-        rows, columns = by_group(narrow[i:j], geometry.groups), by_group(wide[i:j], geometry.groups)
-        flat = columns.flatten(2, -2)
-        grams = (flat @ flat.mT).reshape(*columns.shape[:-1], *columns.shape[2:-1])  # (b, G, R, *S, R, *S)
-        for axis in range(spatial):
-            grams = shifted(grams, 3 + axis, 4 + spatial + axis, narrow.shape[3 + axis], geometry, axis)
-        flat = rows.flatten(2, -2)
-        product = (flat @ flat.mT).mul_(grams.reshape(*flat.shape[:3], flat.shape[2]))  # (b, G, T, T)
-        totals.append(product.sum((1, 2, 3)))
-        sizes.append(torch.linalg.vector_norm(product, 1, dim=(1, 2, 3)))
-    return recomputed(torch.cat(totals), torch.cat(sizes), lambda b: call_per_example(x[b], grads[b], geometry))
-
-
-def shifted(grams: Tensor, one: int, other: int, places: int, geometry: Geometry, axis: int) -> Tensor:
-    r"""$\sum_k M[ps + k, qs + k]$ along two dimensions, which stand for the same spatial one; zero outside.
-
-    Args:
-        grams: products of pixels.
-        one: a dimension of it, of pixels.
-        other: the other one.
-        places: how many places the kernel takes.
-        geometry: the convolution's options.
-        axis: which of the spatial dimensions it is.
-
-    Returns:
-        The same, with places in these dimensions.
-    """
-    size, step = geometry.weight_shape[2 + axis], geometry.stride[axis]
-    pixels = grams.shape[one]
-    if size == 1 and step == 1 and not geometry.padding[axis] and pixels == places:
-        return grams
-    shape = [places if dim in (one, other) else n for dim, n in enumerate(grams.shape)]
-    total = grams.new_zeros(shape)
-    for k in range(size):
-        offset = k * geometry.dilation[axis] - geometry.padding[axis]
-        first = max(0, -(offset // step))  # the first place at which the pixel exists
-        last = min(places - 1, (pixels - 1 - offset) // step)
-        count = last - first + 1
-        if count <= 0:
-            continue
-        start = first * step + offset
-        source = grams
-        for dim in (one, other):
-            source = source.narrow(dim, start, (count - 1) * step + 1)
-            if step > 1:
-                source = source[(slice(None),) * dim + (slice(None, None, step),)]
-        total.narrow(one, first, count).narrow(other, first, count).add_(source)
-    return total
+    r"""$\sum_{pq} (g_p \cdot g_q)(u_p \cdot u_q)$, with the inner products of patches from those of pixels."""
+    totals, sizes = pixels.inner_products(x, grads, geometry)
+    return recomputed(totals, sizes, lambda b: call_per_example(x[b], grads[b], geometry))
 
 
 def _triton_direct(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
