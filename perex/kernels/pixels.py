@@ -5,15 +5,14 @@ Gram matrix of pixels, moved along its diagonals and added up, one spatial dimen
 kernel times channels never appears.
 
 With a stride, an entry of the kernel meets only every s-th pixel: those make an image of their own, a *phase*. Phases
-and places are laid on one *grid*, so that a shift by a pixel is one by the same number of rows and columns, and matrices
-are read in long runs. All of them are symmetric: only pieces of rows are computed, up to the diagonal.
+and places are laid on one *grid*, so that a shift by a pixel is one by the same number of rows and columns, and
+matrices are read in long runs. All of them are symmetric: only pieces of rows are computed, up to the diagonal.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +22,9 @@ from perex.kernels.blocks import block_size, example_blocks
 from perex.kernels.geometry import Geometry, by_group
 from perex.kernels.outer import pieces
 from perex.kernels.plan import Plan
+
+OPERATOR = 300_000
+"""What calling one of torch's operators costs beside its arithmetic, in multiply-adds; measured on two CPU cores."""
 
 Phase = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 """The first pixel in each spatial dimension, and by how many pixels of the phase the kernel's entries are shifted."""
@@ -57,13 +59,19 @@ def grid_of(narrow: torch.Size, wide: torch.Size, geometry: Geometry) -> tuple[i
 def plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
     """What `inner_products` does with tensors of these shapes."""
     narrow, wide = (x, grads) if geometry.transposed else (grads, x)
-    found, images = phases(geometry), geometry.groups * x[0]
+    found, groups = phases(geometry), geometry.groups
     positions = narrow[1] * math.prod(grid_of(narrow, wide, geometry))
-    pairs = images * sum((stop - start) * stop for start, stop in pieces(positions))
-    channels = (len(found) * wide[2] + narrow[2]) // geometry.groups
+    rows = [stop - start for start, stop in pieces(positions)]
+    pairs = groups * x[0] * sum(n * sum(rows[: i + 1]) for i, n in enumerate(rows))
+    channels = (len(found) * wide[2] + narrow[2]) // groups
     additions = sum(len(shift) for _, shifts in found for shift in shifts if shift != (0,)) + len(found) - 1
-    block = blocks_of(x[0], geometry.groups, positions) * geometry.groups * positions**2
-    return Plan("pixel Gram", pairs * (2 * channels + additions + 3), 4 * block, pairs * (additions + 4), 1.1)
+    step = blocks_of(x[0], groups, positions)
+    moved = pairs * (additions + 4)
+    if max(geometry.stride) > 1:
+        moved += 4 * wide.numel() // math.prod(geometry.stride) * len(found)  # copied pixel by pixel
+    calls = -(-x[0] // step) * len(rows) * (additions + 3 * len(found) + 6) * OPERATOR
+    flops = pairs * (2 * channels + additions + 3)
+    return Plan("pixel Gram", flops, 4 * step * groups * positions**2, moved, 1.1, calls)
 
 
 def blocks_of(batch: int, groups: int, positions: int) -> int:
@@ -172,8 +180,9 @@ def products(vectors: Tensor, alike: Tensor) -> tuple[Tensor, Tensor]:
     """
     total, size = vectors.new_zeros(2, len(vectors))
     for start, stop in pieces(vectors.shape[1]):
-        product = (vectors[:, start:stop] @ vectors[:, :stop].mT).mul_(alike[:, start:stop, :stop]).tril_(start)
+        product = (vectors[:, start:stop] @ vectors[:, :stop].mT).mul_(alike[:, start:stop, :stop])
+        product[:, :, start:].tril_()
         once = product.diagonal(start, 1, 2).sum(1)
         total += 2 * product.sum((1, 2)) - once
-        size += 2 * torch.linalg.vector_norm(product, 1, dim=(1, 2)) - once
+        size += 2 * product.abs_().sum((1, 2)) - once
     return total, size
