@@ -50,6 +50,9 @@ LANES = 16
 CALL, GROUPED_CALL = 6_000_000, 8_000_000
 """What a backend call for one or for several examples costs beside its arithmetic, in multiply-adds."""
 
+FRESH = 2
+"""By how much less than a block patches take: memory that is new to the process costs more than copying into it."""
+
 NARROW = 48
 """Matrix products with a side that is shorter take twice as long."""
 
@@ -128,10 +131,18 @@ def grouped_calls(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _unfolded(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
+    inner = _of_patches(x, grads, geometry)
+    found = _patches_multiplied(x, grads, geometry)
+    if inner.way != "direct":
+        found = _with_patches(x, grads, geometry, inner)
+    return found._replace(way=f"unfolded, {inner.way}")
+
+
+def _of_patches(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
+    """What `perex.kernels.outer` does with patches that are unfolded."""
     positions, rows, columns = measures(x, grads, geometry)
     stacked = torch.Size((x[0], geometry.groups, positions))
-    inner = outer.plan(torch.Size((*stacked, rows)), torch.Size((*stacked, columns)))
-    return _with_patches(x, grads, geometry, inner)._replace(way=f"unfolded, {inner.way}")
+    return outer.plan(torch.Size((*stacked, rows)), torch.Size((*stacked, columns)))
 
 
 def _with_patches(x: torch.Size, grads: torch.Size, geometry: Geometry, product: Plan) -> Plan:
@@ -140,7 +151,7 @@ def _with_patches(x: torch.Size, grads: torch.Size, geometry: Geometry, product:
     entries = geometry.groups * positions * columns
     runs = 1 if geometry.stride[-1] == 1 else 3  # pixel by pixel, where they are not neighbours
     return product._replace(
-        elements=product.elements + block_size(x[0], entries) * entries,
+        elements=product.elements + block_size(x[0], FRESH * entries) * entries,
         moved=product.moved + runs * x[0] * entries,
         slack=2.2 if min(rows, columns) < NARROW else 1.1,
     )
@@ -150,7 +161,7 @@ def rows_and_patches(x: Tensor, grads: Tensor, geometry: Geometry) -> Iterator[t
     """What goes with each place of the kernel, `(b, G, T, m)`, and the patch under it, `(b, G, T, n)`."""
     narrow, wide = (x, grads) if geometry.transposed else (grads, x)
     positions, columns = narrow.shape[1] * math.prod(narrow.shape[3:]), math.prod(geometry.weight_shape[1:])
-    for i, j in example_blocks(len(x), geometry.groups * positions * columns):
+    for i, j in example_blocks(len(x), FRESH * geometry.groups * positions * columns):
         rows = by_group(narrow[i:j], geometry.groups).flatten(2, -2)
         yield rows, patches(wide[i:j], narrow.shape[3:], geometry)
 
@@ -158,6 +169,8 @@ def rows_and_patches(x: Tensor, grads: Tensor, geometry: Geometry) -> Iterator[t
 @NORMS.way("unfolded", _unfolded)
 def unfolded(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     r"""$\|\sum_p g_p u_p^\top\|^2$ with the patches unfolded, a few examples at a time; see `perex.kernels.outer`."""
+    if _of_patches(x.shape, grads.shape, geometry).way == "direct":
+        return torch.cat([whole_squares(gradients) for gradients in patches_multiplied(x, grads, geometry)])
     return torch.cat([outer.squared_norm(*both) for both in rows_and_patches(x, grads, geometry)])
 
 
@@ -171,7 +184,7 @@ def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
 def _patches_multiplied(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
     positions, rows, columns = measures(x, grads, geometry)
     _, entries, flops = _multiplied_out(x, grads, geometry)
-    several = block_size(x[0], max(entries, geometry.groups * positions * columns))
+    several = block_size(x[0], max(entries, FRESH * geometry.groups * positions * columns))
     return _with_patches(x, grads, geometry, Plan("unfolded", flops, several * entries, x[0] * entries))
 
 

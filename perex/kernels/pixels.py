@@ -121,9 +121,13 @@ def on_grid(
 
 def lower_gram(pixels: Tensor) -> Tensor:
     """The inner products of pixels, `(n, L, C)` to `(n, L, L)`: by pieces, up to the diagonal; not set above."""
-    found = pixels.new_empty(len(pixels), pixels.shape[1], pixels.shape[1])
-    for start, stop in pieces(pixels.shape[1]):
-        torch.bmm(pixels[:, start:stop], pixels[:, :stop].mT, out=found[:, start:stop, :stop])
+    images, positions, _ = pixels.shape
+    ranges = list(pieces(positions))
+    if len(ranges) == 1:
+        return pixels @ pixels.mT
+    found = pixels.new_empty(images, positions, positions)
+    for start, stop in ranges:  # not with `out=`: into a part of a matrix, products are written one image at a time
+        found[:, start:stop, :stop] = pixels[:, start:stop] @ pixels[:, :stop].mT
     return found
 
 
