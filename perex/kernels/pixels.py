@@ -11,8 +11,10 @@ matrices are read in long runs. All of them are symmetric: only pieces of rows a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -93,13 +95,14 @@ def inner_products(x: Tensor, grads: Tensor, geometry: Geometry) -> tuple[Tensor
     narrow, wide = (x, grads) if geometry.transposed else (grads, x)
     grid, groups, still = grid_of(narrow.shape, wide.shape, geometry), geometry.groups, (1,) * (x.dim() - 3)
     positions = narrow.shape[1] * math.prod(grid)
+    masks = functools.cache(functools.partial(inside, x.new_ones(()), grid, positions))
     totals, sizes = [], []
     for i, j in example_blocks(len(x), 0, blocks_of(len(x), groups, positions)):
         alike = torch.zeros((), dtype=x.dtype)
         for n, (first, shifts) in enumerate(phases(geometry)):
             grams = lower_gram(on_grid(wide[i:j], grid, first, geometry.stride, groups))
             for axis, shift in enumerate(shifts):
-                grams = moved(grams, grid, axis, shift)
+                grams = moved(grams, grid, axis, shift, masks)
             alike = alike.add_(grams) if n else grams  # (b G, L, L)
         total, size = products(on_grid(narrow[i:j], grid, (0,) * len(still), still, groups), alike)
         totals.append(total.unflatten(0, (-1, groups)).sum(1))
@@ -131,7 +134,9 @@ def lower_gram(pixels: Tensor) -> Tensor:
     return found
 
 
-def moved(grams: Tensor, grid: tuple[int, ...], axis: int, shifts: tuple[int, ...]) -> Tensor:
+def moved(
+    grams: Tensor, grid: tuple[int, ...], axis: int, shifts: tuple[int, ...], masks: Callable[[int, int], Tensor | None]
+) -> Tensor:
     r"""$\sum_o M[p + o, q + o]$ on and below the diagonal, with o along one dimension of the grid; zero outside of it.
 
     Args:
@@ -139,6 +144,7 @@ def moved(grams: Tensor, grid: tuple[int, ...], axis: int, shifts: tuple[int, ..
         grid: the sides of the grid; there may be several in L.
         axis: a dimension of it.
         shifts: numbers of pixels.
+        masks: what `inside` says of a dimension and a shift.
 
     Returns:
         Tensor `(n, L, L)`.
@@ -146,13 +152,13 @@ def moved(grams: Tensor, grid: tuple[int, ...], axis: int, shifts: tuple[int, ..
     if shifts == (0,):
         return grams
     positions, pitch = grams.shape[1], math.prod(grid[axis + 1 :])
-    masks = {shift: inside(grams, grid, axis, shift) for shift in shifts if shift and abs(shift) < grid[axis]}
+    others = [shift for shift in shifts if shift and abs(shift) < grid[axis]]
     total = torch.empty_like(grams)
     for start, stop in pieces(positions):
         rows = total[:, start:stop, :stop]
         rows.copy_(grams[:, start:stop, :stop]) if 0 in shifts else rows.zero_()
-        for shift, mask in masks.items():
-            offset = shift * pitch
+        for shift in others:
+            offset, mask = shift * pitch, masks(axis, shift)
             left, top, end = max(0, -offset), max(start, -offset), min(stop, positions - offset)
             if top >= end:
                 continue
@@ -162,13 +168,13 @@ def moved(grams: Tensor, grid: tuple[int, ...], axis: int, shifts: tuple[int, ..
     return total
 
 
-def inside(grams: Tensor, grid: tuple[int, ...], axis: int, shift: int) -> Tensor | None:
+def inside(like: Tensor, grid: tuple[int, ...], positions: int, axis: int, shift: int) -> Tensor | None:
     """Ones where both pixels, shifted, are still in the grid, `(L, L)`; None if they would leave the matrix else."""
-    positions, pitch = grams.shape[1], math.prod(grid[axis + 1 :])
+    pitch = math.prod(grid[axis + 1 :])
     if grid[axis] * pitch == positions:
         return None
-    shifted = torch.arange(positions, device=grams.device) // pitch % grid[axis] + shift
-    within = ((shifted >= 0) & (shifted < grid[axis])).to(grams.dtype)
+    shifted = torch.arange(positions, device=like.device) // pitch % grid[axis] + shift
+    within = ((shifted >= 0) & (shifted < grid[axis])).to(like.dtype)
     return within[:, None] * within
 
 
@@ -182,8 +188,12 @@ def products(vectors: Tensor, alike: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors `(n,)`.
     """
+    ranges = list(pieces(vectors.shape[1]))
+    if len(ranges) == 1:
+        product = (vectors @ vectors.mT).mul_(alike)
+        return product.sum((1, 2)), product.abs_().sum((1, 2))
     total, size = vectors.new_zeros(2, len(vectors))
-    for start, stop in pieces(vectors.shape[1]):
+    for start, stop in ranges:
         product = (vectors[:, start:stop] @ vectors[:, :stop].mT).mul_(alike[:, start:stop, :stop])
         product[:, :, start:].tril_()
         once = product.diagonal(start, 1, 2).sum(1)
