@@ -115,7 +115,8 @@ def on_grid(
 ) -> Tensor:
     """Some pixels of images, `(b, R, C, *spatial)`, on a grid, cut or filled up with zeros: `(b G, L, C / G)`."""
     for axis, (start, step, side) in enumerate(zip(first, steps, grid, strict=True), start=3):
-        images = images[(slice(None),) * axis + (slice(start, start + (side - 1) * step + 1, step),)]
+        if start or step > 1 or images.shape[axis] > side:
+            images = images[(slice(None),) * axis + (slice(start, start + (side - 1) * step + 1, step),)]
     missing = [side - size for side, size in zip(grid, images.shape[3:], strict=True)]
     if any(missing):
         images = F.pad(images, [n for side in reversed(missing) for n in (0, side)])
@@ -173,8 +174,8 @@ def inside(like: Tensor, grid: tuple[int, ...], positions: int, axis: int, shift
     pitch = math.prod(grid[axis + 1 :])
     if grid[axis] * pitch == positions:
         return None
-    shifted = torch.arange(positions, device=like.device) // pitch % grid[axis] + shift
-    within = ((shifted >= 0) & (shifted < grid[axis])).to(like.dtype)
+    within = like.new_zeros(positions)
+    within.view(-1, grid[axis], pitch)[:, max(0, -shift) : grid[axis] - max(0, shift)] = 1
     return within[:, None] * within
 
 
