@@ -22,7 +22,9 @@ from perex.capture.session import Session
 from perex.capture.suspects import SINK, nodes
 from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor, Few
+from perex.factors.narrow import narrow
 from perex.gradients import tensors_of
+from perex.kernels.spot import Spot, at
 from perex.kernels.strategies import Preferences, preferring
 from perex.quantities import Quantity
 from perex.result import Result
@@ -289,7 +291,7 @@ class Backwards:
             return {}
         if any(grad is not None and axis.stray(grad) for grad, axis in zip(grads, call.out_axes, strict=True)):
             result.refuse(UnsupportedError(STRAY.format(call.where, call.name)))
-        with torch.no_grad():
+        with torch.no_grad(), whereabouts(saved):
             self.note_overflow(result, call, grads)
             forward.arrived(call, grads)
             found: dict[str, Tensor] = {}
@@ -341,7 +343,7 @@ class Backwards:
             found = call.rule.function(captured)
             for slot, source in call.slots.items():
                 factor = check_factor(call, slot, found.get(slot), captured.batch)
-                for entry, part in of_parameters(source, factor):
+                for entry, part in of_parameters(source, narrow(factor)):
                     yield slot, entry, part if call.examples is None else Few(part, call.examples, call.forward.batch)
 
     def changed(self) -> None:
@@ -427,14 +429,23 @@ class Backwards:
     def note_overflow(self, result: Result, call: Call, grads: Sequence[Tensor | None]) -> None:
         """Remember examples whose half-precision gradients became infinite."""
         for grad, axis in zip(grads, call.out_axes, strict=True):
-            if grad is not None and grad.dtype in (torch.float16, torch.bfloat16):
+            if grad is not None and grad.dtype == torch.float16:  # bfloat16 reaches as far as float32
                 rows = axis.front(grad, call.batch).reshape(call.batch, -1)
-                result.overflow(call.forward, rows.isinf().any(1) & ~rows.isnan().any(1), call.examples)
+                if not rows.numel():
+                    continue
+                largest = torch.linalg.vector_norm(rows, torch.inf, dim=1)  # in one pass; of NaN, NaN
+                result.overflow(call.forward, largest.isinf(), call.examples)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Switch autocast off, where it is on: the switch itself takes longer than a small rule."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def whereabouts(saved: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """Have blocks of temporaries as large as fits a GPU, where tensors are on one."""
+    here = next((tensor for tensor in saved if tensor.is_cuda), None)
+    return nullcontext() if here is None else at(Spot("cuda", here.dtype))
 
 
 def will_run(tensor: Tensor) -> bool:

@@ -163,13 +163,12 @@ class Tracker:
         index = next((i for i, given in enumerate(self._quantities) if given is quantity), None)
         if index is None:
             raise ArgumentError(f"{quantity!r} was not given to attach")
-        values, scale = self._values(index)
-        found = {entry.name: value for entry, value in values.items()}
-        if quantity.degree:
-            power = scale**quantity.degree
-            found = {
-                name: value * (power.to(value) if isinstance(power, Tensor) else power) for name, value in found.items()
-            }
+        by_entry, scale = self._values(index)
+        found = {entry.name: value for entry, value in by_entry.items()}
+        if quantity.degree and found:
+            power, values = scale**quantity.degree, list(found.values())
+            power = power.to(values[0].device) if isinstance(power, Tensor) else power
+            found = dict(zip(found, torch._foreach_mul(values, power), strict=True))  # one kernel on a GPU
         return found if by == "parameter" else grouped(found, by, quantity.combined)
 
     @property

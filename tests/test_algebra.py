@@ -52,10 +52,8 @@ def multiplied_out(factor: Factor) -> Tensor:
 @pytest.fixture(params=[1, 2**20], ids=["blocks of one", "one block"], autouse=True)
 def block(request, monkeypatch):
     """All of it in pieces as small as can be, too."""
-    from perex.factors import products
 
     monkeypatch.setattr(blocks, "BLOCK", request.param)
-    monkeypatch.setattr(products, "BLOCK", request.param)
 
 
 def agrees(factor: Factor) -> None:

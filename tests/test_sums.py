@@ -364,7 +364,6 @@ def test_norm_and_sum_in_blocks(block, monkeypatch):
     from perex.kernels import blocks
 
     monkeypatch.setattr(blocks, "BLOCK", block)
-    monkeypatch.setattr(outer, "BLOCK", block)
     left, right = torch.randn(5, 7, 3, dtype=torch.float64), torch.randn(5, 7, 4, dtype=torch.float64)
     norms, total = outer.summed(left, right)
     whole = left.mT @ right

@@ -86,7 +86,7 @@ def test_on_a_gpu_they_are_chosen_by_cost(monkeypatch):
         monkeypatch.setattr(available, name, lambda: True)
     shapes = [torch.Size((8, 1, 4096, 768)), torch.Size((8, 1, 4096, 3072))]
     expected = {
-        Spot("cuda", torch.bfloat16): "Triton direct",
+        Spot("cuda", torch.bfloat16): "whole direct",
         Spot("cuda", torch.float64): "direct",
         Spot("cpu", torch.float32): "direct",
         None: "direct",

@@ -16,7 +16,7 @@ from perex.kernels.triton import convolution, outer, rows
 from perex.kernels.triton.tiles import LARGEST, LARGEST_PLAIN
 
 READ = ("left", "right", "narrow", "wide", "grads")
-UNIT = ("left_m", "right_n", "grads_d")
+UNIT = ("left_m", "right_n", "grads_d", "narrow_c")
 
 
 def compiled(kernel: Any, dtype: str, capability: int, **constants: Any) -> Any:
@@ -26,9 +26,9 @@ def compiled(kernel: Any, dtype: str, capability: int, **constants: Any) -> Any:
         if parameter.is_constexpr or name in UNIT:
             signature[name], values[place,] = "constexpr", constants.get(name, 1)
             continue
-        pointer = {"out": "*fp32", "size": "*fp32", "order": "*i64", "counts": "*i64"} | dict.fromkeys(
-            READ, f"*{dtype}"
-        )
+        assert not (parameter.annotation_type and name[-2:-1] == "_"), "Triton would not look at this stride"
+        pointer = {"out": "*fp32", "size": "*fp32", "order": "*i64", "counts": "*i64", "table": "*i32", "wanted": "*u8"}
+        pointer |= dict.fromkeys(READ, f"*{dtype}")
         signature[name] = pointer.get(name) or parameter.annotation_type or "i32"
         if not parameter.do_not_specialize:
             attributes[place,] = [["tt.divisibility", 16]]
@@ -43,8 +43,16 @@ def main(capability: int) -> None:
         ("fp32", "ieee", LARGEST_PLAIN, 16),
         ("fp32", "tf32", LARGEST, 32),
     ):
-        constants = {"ROWS": side, "COLUMNS": side, "TILE": side, "STEP": step, "PRECISION": precision, "WIDEN": False}
-        constants |= {"KERNEL_Y": 3, "KERNEL_X": 3, "AT_ONCE": rows.AT_ONCE}
+        constants = {
+            "ALL": False,
+            "ROWS": side,
+            "COLUMNS": side,
+            "TILE": side,
+            "STEP": step,
+            "PRECISION": precision,
+            "WIDEN": False,
+        }
+        constants |= {"AT_ONCE": rows.AT_ONCE}
         for kernel in (outer.direct_kernel, outer.gram_kernel, convolution.direct_kernel, rows.segments_kernel):
             found = compiled(kernel, dtype, capability, **constants)
             name = precision if precision == "tf32" else dtype

@@ -1,8 +1,12 @@
-"""Fused kernels in Triton's interpreter, against float64. tests/test_triton.py runs this file, each part in a process
-of its own: a process in which torch imported Triton already cannot interpret any more.
+"""Fused kernels against float64, in Triton's interpreter or, where there is a GPU, on it.
+
+tests/test_triton.py runs this file, each part in a process of its own: a process in which torch imported Triton already
+cannot interpret any more.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from torch.nn import functional as F
 import perex
 from perex.factors import Outer, Patches, Rows
 from perex.factors.outline import outline
-from perex.kernels import convolution, outer, segments
+from perex.kernels import outer, segments
 from perex.kernels.geometry import Geometry
 from perex.kernels.spot import Spot, at
 from perex.kernels.strategies import Preferences, preferring
@@ -22,23 +26,30 @@ from perex.kernels.triton import rows as fused_rows
 from perex.kernels.triton import tiles
 from perex.kernels.triton.available import interpreted, precision, usable
 
-assert interpreted(), "run tests/test_triton.py"
+assert interpreted() or torch.cuda.is_available(), "run tests/test_triton.py"
+DEVICE = "cpu" if interpreted() else "cuda"
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CPU = Spot("cpu", torch.float32)
+HERE = Spot(DEVICE, torch.float32)
+
+
+interpreted_only = pytest.mark.skipif(not interpreted(), reason="on a GPU, fused ways are taken unasked")
 
 
 @pytest.fixture(autouse=True)
-def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+def seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
-    for name in ("LARGEST", "LARGEST_PLAIN"):
-        monkeypatch.setattr(tiles, name, 16)  # so that small sizes have many tiles
+    if interpreted():
+        for name in ("LARGEST", "LARGEST_PLAIN"):
+            monkeypatch.setattr(tiles, name, 16)  # so that small sizes have many tiles
+    with torch.device(DEVICE):
+        yield
 
 
 def close(found: Tensor, expected: Tensor) -> None:
     """Equal up to the rounding of float32 sums: products of half-precision numbers are exact in float32."""
     assert found.dtype == torch.float32 and found.shape == expected.shape
-    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6 if interpreted() else 2e-5, atol=0)
 
 
 # Outer products
@@ -51,6 +62,8 @@ SIZES = {
     "whole tiles": (1, 2, 32, 16, 32),
     "many tiles": (1, 1, 81, 3, 2),
 }
+if not interpreted():
+    SIZES |= {"large": (2, 1, 300, 515, 390), "large, aligned": (2, 2, 272, 384, 512), "long": (1, 1, 3000, 136, 40)}
 
 
 def multiplied_out(left: Tensor, right: Tensor) -> Tensor:
@@ -66,6 +79,25 @@ def test_outer(size, dtype, form):
     close(form(left, right), multiplied_out(left, right))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_some_examples_alone(dtype):
+    left, right = torch.randn(5, 2, 21, 18).to(dtype), torch.randn(5, 2, 21, 7).to(dtype)
+    wanted = torch.tensor([1, 0, 1, 1, 0], dtype=torch.uint8)
+    own = wanted.bool()
+    close(fused.direct(left, right, wanted)[own], multiplied_out(left, right)[own])
+    factor = patches("strided", 5, dtype)
+    found = fused_convolution.direct(factor.x.transpose(0, 1), factor.grads.transpose(0, 1), factor.geometry, wanted)
+    swapped = Patches(factor.x.transpose(0, 1), factor.grads.transpose(0, 1), factor.geometry)
+    close(found[own], by_backend(swapped)[own])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_gram(dtype):
+    left, right = torch.randn(3, 2, 21, 18).to(dtype), torch.randn(3, 2, 21, 7).to(dtype)
+    left[1, :, 1:], right[1, :, 1:] = left[1, :, :1], -right[1, :, :1] / 25  # terms that cancel
+    close(outer.whole_gram(left, right), multiplied_out(left, right))
+
+
 def strided() -> dict[str, tuple[Tensor, Tensor]]:
     left, right = torch.randn(2, 2, 21, 18), torch.randn(2, 2, 21, 7)
     wide = torch.randn(5, 3, 50, 40)
@@ -78,7 +110,7 @@ def strided() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("form", [fused.direct, fused.gram])
-@pytest.mark.parametrize("kind", strided())
+@pytest.mark.parametrize("kind", ["transposed", "expanded", "sliced", "unsqueezed"])
 def test_outer_of_any_strides(kind, form):
     left, right = strided()[kind]
     close(form(left, right), multiplied_out(left, right))
@@ -127,6 +159,8 @@ GEOMETRIES = {
     "line, groups": ((6, 2, 3), (1,), (2,), (1,), False, (0,), 2, (5,)),
     "transposed": ((4, 3, 3, 2), (2, 3), (1, 0), (1, 2), True, (1, 0), 2, (4, 3)),
     "line, transposed": ((4, 3, 3), (2,), (1,), (1,), True, (1,), 1, (5,)),
+    "space": ((3, 2, 2, 3, 2), (1, 2, 1), (1, 1, 0), (1, 1, 2), False, (0, 0, 0), 1, (3, 5, 4)),
+    "space, transposed": ((4, 2, 2, 3, 2), (1, 2, 1), (1, 1, 0), (1, 1, 2), True, (0, 1, 0), 2, (3, 2, 4)),
 }
 
 
@@ -146,18 +180,30 @@ def by_backend(factor: Patches) -> Tensor:
     return exact.dense(0, factor.batch).flatten(1).square().sum(1)
 
 
+CONVOLUTIONS = [fused_convolution.direct, fused_convolution.pixel_gram]
+
+
+@pytest.mark.parametrize("form", CONVOLUTIONS)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_convolution(name, rows):
+def test_convolution(name, rows, form):
     factor = patches(name, rows)
-    close(fused_convolution.direct(factor.x, factor.grads, factor.geometry), by_backend(factor))
+    close(form(factor.x, factor.grads, factor.geometry), by_backend(factor))
 
 
+@pytest.mark.parametrize("form", CONVOLUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["strided", "line", "transposed"])
-def test_convolution_in_each_dtype(name, dtype):
+def test_convolution_in_each_dtype(name, dtype, form):
     factor = patches(name, 2, dtype)
-    close(fused_convolution.direct(factor.x, factor.grads, factor.geometry), by_backend(factor))
+    close(form(factor.x, factor.grads, factor.geometry), by_backend(factor))
+
+
+def test_pixels_that_cancel_are_multiplied_out():
+    factor = patches("padded", 2)
+    factor.x[1, 1], factor.grads[1, 1] = -1.0001 * factor.x[1, 0], factor.grads[1, 0]
+    found = fused_convolution.pixel_gram(factor.x, factor.grads, factor.geometry)
+    torch.testing.assert_close(found.double(), by_backend(factor), rtol=1e-2, atol=0)
 
 
 def test_convolution_of_any_strides():
@@ -173,14 +219,16 @@ def test_convolution_of_any_strides():
         "sliced": (F.pad(x, (1, 2, 3, 1))[..., 3:-1, 1:-2], torch.stack((grads, grads), -1)[..., 1]),
     }
     for left, right in cases.values():
-        close(fused_convolution.direct(left, right, factor.geometry), by_backend(Patches(left, right, factor.geometry)))
+        for form in CONVOLUTIONS:
+            close(form(left, right, factor.geometry), by_backend(Patches(left, right, factor.geometry)))
 
 
 def test_no_image():
     geometry = patches("plain", 1).geometry
     for batch, rows in ((0, 1), (2, 0)):
-        found = fused_convolution.direct(torch.ones(batch, rows, 3, 7, 6), torch.ones(batch, rows, 5, 5, 4), geometry)
-        assert torch.equal(found, torch.zeros(batch))
+        for form in CONVOLUTIONS:
+            found = form(torch.ones(batch, rows, 3, 7, 6), torch.ones(batch, rows, 5, 5, 4), geometry)
+            assert torch.equal(found, torch.zeros(batch))
 
 
 # Rows of a table
@@ -198,7 +246,7 @@ IDS = {
 @pytest.mark.parametrize("width", [1, 10, 300])
 @pytest.mark.parametrize("name", IDS)
 def test_rows(name, width, dtype):
-    ids = IDS[name]
+    ids = IDS[name].to(DEVICE)
     grads = torch.randn(*ids.shape, width).to(dtype)
     table = torch.zeros(len(ids), 40, width, dtype=torch.float64)
     table.scatter_add_(1, ids.long().unsqueeze(2).expand_as(grads), grads.double())
@@ -224,8 +272,8 @@ LEFT, RIGHT = torch.Size((4, 1, 8, 64)), torch.Size((4, 1, 8, 64))
 
 
 def test_fit_tensors():
-    assert usable(CPU) and usable(Spot("cpu", torch.bfloat16))
-    assert not any(usable(Spot("cpu", dtype)) for dtype in (torch.float64, torch.complex64, torch.int64))
+    assert usable(HERE) and usable(Spot(DEVICE, torch.bfloat16))
+    assert not any(usable(Spot(DEVICE, dtype)) for dtype in (torch.float64, torch.complex64, torch.int64))
 
 
 def test_precision(monkeypatch):
@@ -239,23 +287,21 @@ def test_precision(monkeypatch):
     assert precision(torch.float32) == "ieee"
 
 
+@interpreted_only
 def test_interpreted_ways_are_taken_by_name_only():
     left, right = torch.randn(LEFT), torch.randn(RIGHT)
     for asked, way in (((), "Gram"), (("Triton Gram",), "Triton Gram"), (("Triton direct", "Gram"), "Triton direct")):
-        with preferring(Preferences(asked, autotune=not asked)), at(CPU):
+        with preferring(Preferences(asked, autotune=not asked)), at(HERE):
             assert outer.plan(LEFT, RIGHT).way == way
             close(outer.squared_norm(left, right), multiplied_out(left, right))
             assert outer.plan(LEFT, RIGHT).way.startswith("Triton") == bool(asked)
-    with preferring(Preferences(("Triton direct",))), at(Spot("cpu", torch.float64)):
+    with preferring(Preferences(("Triton direct",))), at(Spot(DEVICE, torch.float64)):
         assert outer.plan(LEFT, RIGHT).way == "Gram"
         assert outer.squared_norm(left.double(), right.double()).dtype == torch.float64
 
 
-def test_three_dimensions_and_one_position_are_left_to_other_ways():
-    geometry = Geometry(torch.Size((2, 2, 1, 1, 1)), (1,) * 3, (0,) * 3, (1,) * 3, False, (0,) * 3, 1)
-    x = torch.Size((2, 1, 2, 3, 3, 3))
-    with preferring(Preferences(("Triton direct",))), at(CPU):
-        assert convolution.plan(x, x, geometry).way != "Triton direct"
+def test_one_position_is_left_to_another_way():
+    with preferring(Preferences(("Triton direct",))), at(HERE):
         assert outer.plan(torch.Size((4, 1, 1, 8)), torch.Size((4, 1, 1, 8))).way == "one position"
 
 

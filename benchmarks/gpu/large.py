@@ -53,7 +53,14 @@ def vit(batch: int, side: int = 224, **options: Any) -> Case:
     return Case(f"ViT-B/16 {side} ({batch})", make, batch, images(3, side, side), classes)
 
 
-LARGE = [gpt2("GPT-2 small", 8, 12, 768, 12), gpt2("GPT-2 medium", 4, 24, 1024, 16), resnet50(32), vit(32)]
+LARGE = [
+    gpt2("GPT-2 small", 16, 12, 768, 12),
+    gpt2("GPT-2 medium", 8, 24, 1024, 16),
+    resnet50(32),
+    resnet50(256),
+    vit(32),
+    vit(128),
+]
 
 SMALL = [
     gpt2("GPT-2 tiny", 2, 1, 16, 2, 40, 12),

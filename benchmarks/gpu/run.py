@@ -5,17 +5,21 @@
     python benchmarks/gpu/run.py --device cpu --small            does it run? Tiny models, on any machine
 
 Each round runs all ways once, timed by CUDA events; a cell holds the median of its times, of its ratios over plain in
-the same round, their quartiles, the peak memory of its first steps beyond the model, and the worst relative error of
-the norms of the first few examples against a loop in the same precision. For perex, also how often each way to a norm
-was taken. Results go to benchmarks/results/, with the device and the environment that they are of.
+the same round, their quartiles, how long the host was busy, the peak memory of its first steps beyond the model, and
+the worst relative error of the norms of the first few examples against a loop in the same precision. Ways that are far
+slower than plain run in fewer rounds. For perex, also how often each way to a norm was taken. Results go to
+benchmarks/results/, with the device and the environment that they are of.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import datetime
 import fnmatch
 import gc
+import glob
 import importlib.metadata
 import json
 import os
@@ -47,6 +51,11 @@ from perex.kernels.triton import available  # noqa: E402
 
 FEW = 2
 """How many examples the loop checks."""
+
+FEWEST, PATIENCE = 3, 1500.0
+"""In how many rounds a way runs at least, and how many milliseconds it may take in all before it runs in no more."""
+
+Built = tuple[nn.Module, Tensor, Tensor]  # a model, inputs and targets
 
 WRONG = {"bf16": 0.1, "tf32": 1e-2, "float32": 1e-3}
 """From which relative error on a norm is wrong, by precision."""
@@ -97,8 +106,9 @@ def scoring(triton: bool) -> Callable[[Case, nn.Module, Tensor, Tensor], Step]:
 WAYS: dict[str, Callable[[Case, nn.Module, Tensor, Tensor], Step]] = {
     "plain": ways.plain,
     "floor": ways.floor,
-    "perex, Triton": scoring(True),
-    "perex": scoring(False),
+    "perex": scoring(True),
+    "perex, .grad": ways.with_grads,
+    "perex, no Triton": scoring(False),
     "vmap": ways.mapped,
     "vmap, chunks": ways.in_chunks,
     "Opacus, hooks": ways.opacus_hooks,
@@ -113,38 +123,42 @@ def in_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
 
 
-def set_up(case: Case, way: str, precision: str, device: str) -> Step:
+def set_up(case: Case, way: str, built: Built, precision: str, device: str) -> Step:
     """A step of one way, on a model of its own."""
-    model, x, y = case.build()
-    return WAYS[way](case, Precise(model.to(device), precision, device), x.to(device), y.to(device))
+    model, x, y = built
+    return WAYS[way](case, Precise(copy.deepcopy(model), precision, device), x, y)
 
 
-def truth(case: Case, precision: str, device: str) -> Tensor:
+def truth(case: Case, built: Built, precision: str, device: str) -> Tensor:
     """The loop's norms of the first examples, in the same precision."""
-    model, x, y = case.build()
-    found = ways.loop(case, Precise(model.to(device), precision, device), x[:FEW].to(device), y[:FEW].to(device))()
+    model, x, y = built
+    found = ways.loop(case, Precise(model, precision, device), x[:FEW], y[:FEW])()
     assert found is not None
     return found.double().cpu()
 
 
-def milliseconds(step: Step, device: str) -> float:
-    """How long a step takes: on a GPU, from when it begins to work until it is done."""
+def milliseconds(step: Step, device: str) -> tuple[float, float]:
+    """How long a step takes, on a GPU from when it begins to work until it is done; and how long it keeps the host."""
+    start = time.perf_counter()
     if device == "cpu":
-        start = time.perf_counter()
         step()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (time.perf_counter() - start), 1e3 * (time.perf_counter() - start)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    start = time.perf_counter()
     begin.record()
     step()
     end.record()
+    host = time.perf_counter() - start
     torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+    return begin.elapsed_time(end), 1e3 * host
 
 
-def first(case: Case, way: str, precision: str, device: str, expected: Tensor) -> tuple[Step, dict[str, Any]]:
+def first(
+    case: Case, way: str, built: Built, precision: str, device: str, expected: Tensor
+) -> tuple[Step, dict[str, Any]]:
     """A step that is warm, and what its first runs tell: memory, error and ways."""
-    step = set_up(case, way, precision, device)
+    step = set_up(case, way, built, precision, device)
     cell: dict[str, Any] = {"status": "ran"}
     if device == "cuda":
         torch.cuda.synchronize()
@@ -167,12 +181,14 @@ def first(case: Case, way: str, precision: str, device: str, expected: Tensor) -
 def timed(case: Case, names: Sequence[str], rounds: int, precision: str, device: str) -> dict[str, dict[str, Any]]:
     """Cells of one model in one precision."""
     in_precision(precision)
-    expected = truth(case, precision, device)
+    with torch.device(device):
+        built = case.build()
+    expected = truth(case, built, precision, device)
     steps: dict[str, Step] = {}
     cells: dict[str, dict[str, Any]] = {}
     for way in names:
         try:
-            steps[way], cells[way] = first(case, way, precision, device, expected)
+            steps[way], cells[way] = first(case, way, built, precision, device, expected)
         except (MemoryError, torch.OutOfMemoryError):
             cells[way] = {"status": "out of memory"}
         except (Unsupported, ImportError) as reason:
@@ -183,21 +199,52 @@ def timed(case: Case, names: Sequence[str], rounds: int, precision: str, device:
             gc.collect()
             torch.cuda.empty_cache()
     times: dict[str, list[float]] = {way: [] for way in steps}
-    for _ in range(rounds):
+    hosts: dict[str, list[float]] = {way: [] for way in steps}
+    for done in range(rounds):
         for way, step in list(steps.items()):
+            if done >= FEWEST and sum(times[way]) > PATIENCE:
+                continue
             try:
-                times[way].append(milliseconds(step, device))
+                whole, host = milliseconds(step, device)
+                times[way].append(whole)
+                hosts[way].append(host)
             except torch.OutOfMemoryError:  # with the models of the other ways beside it
                 cells[way] = {"status": "out of memory"}
                 del steps[way]
     for way in steps:
-        cells[way] |= {"ms": statistics.median(times[way]), "rounds": rounds}
+        cells[way] |= {"ms": statistics.median(times[way]), "host ms": statistics.median(hosts[way])}
+        cells[way]["rounds"] = len(times[way])
         if "plain" not in steps:
             continue
-        ratios = [own / plain for own, plain in zip(times[way], times["plain"], strict=True)]
-        low, high = statistics.quantiles(ratios, n=4)[::2] if rounds > 1 else (ratios[0], ratios[0])
+        ratios = [own / plain for own, plain in zip(times[way], times["plain"], strict=False)]
+        low, high = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else (ratios[0], ratios[0])
         cells[way] |= {"ratio": statistics.median(ratios), "quartiles": [low, high]}
     return cells
+
+
+def told(cells: dict[str, dict[str, Any]]) -> None:
+    """Print what went wrong, and which ways perex took."""
+    for way, cell in cells.items():
+        if cell["status"] in ("wrong", "unsupported"):
+            print(f"  {way}: {cell['status']} {cell.get('error', '')} {cell.get('message', '')[:150]}", flush=True)
+    if "ways" in cells.get("perex", {}):
+        print(f"  {cells['perex']['ways']} off {cells['perex'].get('error', 0):.1e}", flush=True)
+
+
+def compiled(names: Sequence[str], precisions: Sequence[str], processes: int) -> None:
+    """Have kernels compiled that these models need, in processes that share Triton's cache."""
+    waiting = [[name, precision] for name in names for precision in precisions]
+    running: list[subprocess.Popen[bytes]] = []
+    start = time.perf_counter()
+    while waiting or running:
+        running = [process for process in running if process.poll() is None]
+        if waiting and len(running) < processes:
+            name, precision = waiting.pop()
+            command = [sys.executable, __file__, "--only", glob.escape(name), "--precision", precision, "--rounds", "1"]
+            command += ["--ways", "perex", "perex, .grad", "--batch", "4", "--out", os.devnull]
+            running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        time.sleep(0.1)
+    print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def about(device: str) -> dict[str, Any]:
@@ -226,30 +273,52 @@ def about(device: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time and memory beside plain training and the peers, on a GPU.")
-    parser.add_argument("--only", default="*", help="models, as a glob")
-    parser.add_argument("--ways", default="*", help="ways, as a glob")
+    parser.add_argument("--only", nargs="+", default=["*"], help="models, as globs")
+    parser.add_argument("--ways", nargs="+", default=["*"], help="ways, as globs")
     parser.add_argument("--precision", nargs="+", choices=list(WRONG), default=["bf16", "tf32"])
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=21, help="0: compile kernels only")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny models")
+    parser.add_argument("--batch", type=int, help="another number of examples")
+    parser.add_argument("--warm", type=int, default=0, help="processes that compile kernels beforehand, a model each")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no further model is begun")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     small = [models.mlp(32, 4), models.cnn(2), models.gpt(1, 16, 40, 12, 2), *large.SMALL]
-    names = [way for way in WAYS if way == "plain" or fnmatch.fnmatch(way, options.ways)]
+    names = [way for way in WAYS if any(fnmatch.fnmatch(way, wanted) for wanted in ["plain", *options.ways])]
+    every = small if options.small else [*models.TABLE, *large.LARGE]
+    cases = [case for case in every if any(fnmatch.fnmatch(case.name, wanted) for wanted in options.only)]
+    if options.batch:
+        cases = [dataclasses.replace(case, batch=options.batch) for case in cases]
+    if options.warm:
+        compiled([case.name for case in cases], options.precision, options.warm)
+    if not options.rounds:
+        return
+    found = about(options.device)
+    name = "-".join(["gpu", found["date"], *found["device"].lower().split()])
+    out = options.out or ROOT / "benchmarks" / "results" / f"{name}.json"
     rows = []
-    for case in small if options.small else [*models.TABLE, *large.LARGE]:
-        if not fnmatch.fnmatch(case.name, options.only):
-            continue
+    begun = time.perf_counter()
+    for case in cases:
         for precision in options.precision:
+            if time.perf_counter() - begun > options.limit:
+                print(f"out of time before {case.name}, {precision}", flush=True)
+                continue
             cells = timed(case, names, options.rounds, precision, options.device)
             rows.append({"model": case.name, "precision": precision, "cells": cells})
             summary = ", ".join(f"{way} {cell['ratio']:.2f}" if "ratio" in cell else f"{way} {cell['status']}"
                                 for way, cell in cells.items())  # fmt: skip
-            print(f"{case.name}, {precision}: plain {cells['plain'].get('ms', 0):.1f} ms; {summary}", flush=True)
-    found = about(options.device)
-    name = "-".join(["gpu", found["date"], *found["device"].lower().split()])
-    out = options.out or ROOT / "benchmarks" / "results" / f"{name}.json"
-    out.write_text(json.dumps({"about": found, "rows": rows}, indent=1) + "\n")
+            host = ", ".join(f"{cell['host ms']:.1f}" for cell in cells.values() if "host ms" in cell)
+            print(
+                f"{case.name}, {precision}: plain {cells['plain'].get('ms', 0):.1f} ms; {summary}; host {host}",
+                flush=True,
+            )
+            told(cells)
+            out.write_text(json.dumps({"about": found, "rows": rows}, indent=1) + "\n")
+            del cells
+            gc.collect()
+            if options.device == "cuda":
+                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

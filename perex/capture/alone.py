@@ -94,7 +94,7 @@ class Replay(TorchFunctionMode):
             sample = seen.rows.get(self.example)
             if in_place(func) or sample is None or not sample.values.is_floating_point():
                 continue
-            if not close(sample, sampled(tensor)):
+            if not close(sample, sampled(tensor), self.record.precision):
                 self.differs.append(seen)
         out = func(*args, **kwargs)
         for tensor, drawn in zip(tensors_in(out), recorded.rows, strict=False):
@@ -156,14 +156,14 @@ def replay(record: Record, parameters: Parameters) -> Seen | None:
     for b in record.examples:
         with run_alone(record, parameters, b, back=False) as (mode, out):
             for seen, number in comparable(record, b, mode.met):
-                if not close(seen.rows[b], mode.met[seen.key][number]):
+                if not close(seen.rows[b], mode.met[seen.key][number], record.precision):
                     return seen
             if mode.differs:
                 return mode.differs[0]
             alone = list(tensors_of(out))
             if len(alone) == len(record.outputs):
                 for seen, tensor in zip(record.outputs, alone, strict=True):
-                    if b in seen.rows and not close(seen.rows[b], sampled(tensor)):
+                    if b in seen.rows and not close(seen.rows[b], sampled(tensor), record.precision):
                         return seen
     return None
 

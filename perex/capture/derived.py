@@ -11,7 +11,7 @@ from perex.capture.parameters import Entry, Shared, Source
 from perex.errors import UnsupportedError
 from perex.factors import Dense, Factor, Part, Place
 from perex.factors.part import once_each
-from perex.rules.call import widen
+from perex.kernels.products import widen
 
 
 def of_parameters(source: Source, factor: Factor) -> Iterator[tuple[Entry, Factor]]:

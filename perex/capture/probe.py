@@ -19,8 +19,10 @@ from torch import Tensor
 from perex.capture.axis import Held, Single
 from perex.capture.doubts import FAINT
 from perex.capture.forward import Forward
+from perex.capture.precision import precision
 from perex.errors import ExamplesMixError, PerexError, UnsupportedError
-from perex.rules.call import Call, widen
+from perex.kernels.products import widen
+from perex.rules.call import Call
 
 LEAST = 2.0**-18
 """How far off an element may be where float16 has few digits left, or none."""
@@ -69,6 +71,7 @@ class Probe:
     def __init__(self, weights: Mapping[Forward, Tensor]) -> None:
         self.weights = weights
         self.half = any(forward.half for forward in weights)
+        self.coarse = 0.0  # what the coarsest numbers resolve, on a GPU, where two runs add up in different orders
         self.weighted = True
         self.error: PerexError | None = None
         self.blank = False
@@ -82,6 +85,7 @@ class Probe:
             if grad is None or grad.is_sparse or not grad.numel():
                 found.append(None)
                 continue
+            self.coarse = max(self.coarse, precision(grad, call.name) if grad.is_cuda else 0.0)
             rows = widen(axis.front(grad.detach(), call.batch)).resolve_conj()
             rows = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(len(rows), -1)
             found.append((rows @ self.sign(rows), rows.norm(dim=1), LEAST * rows.size(1) ** 0.5 if self.half else 0.0))
@@ -109,15 +113,15 @@ class Probe:
             if one is None or other is None:
                 continue
             self.blank = self.blank or not bool((other[1].isfinite() & (other[1] > 0)).any())
-            if not fits(one, other, weights, call.examples):
+            if not fits(one, other, weights, call.examples, self.coarse):
                 self.error = mixed_behind(call)
 
 
-def fits(weighted: Print, plain: Print, weights: Tensor, examples: list[int] | None) -> bool:
+def fits(weighted: Print, plain: Print, weights: Tensor, examples: list[int] | None, coarse: float = 0.0) -> bool:
     """Whether projections under weights are the weights times those without, as far as the precision can tell."""
     (found, size, least), (once, norm, _) = weighted, plain
     own = (weights if examples is None else weights[examples]).to(once)
-    eps = torch.finfo(torch.float16 if least else once.dtype).eps
+    eps = max(float(torch.finfo(torch.float16 if least else once.dtype).eps), coarse)
     slack = eps**0.5 * torch.maximum(size, own.abs() * norm) + eps * own.abs() * norm.nan_to_num(0, 0, 0).max()
     slack += least * own.abs()
     off = (found - own * once).abs() > slack  # false for NaN: what overflowed is no evidence

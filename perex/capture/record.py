@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from perex.capture.axis import Axis, Held, Label, Single
 from perex.capture.labels import Labels, plain_name
 from perex.capture.parameters import Entry, Shared
+from perex.capture.precision import precision
 from perex.capture.state import State
 from perex.rules.call import Call
 
@@ -122,6 +123,7 @@ class Record:
         self.versions: list[int] = []  # of the parameters before
         kinds = {p.device.type for p in module.parameters()} | {"cpu"}
         self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
+        self.precision = 0.0  # of the coarsest numbers that were seen: what comes after them is no finer
         self.state = random.getstate(), np.random.get_state()
         self.before = State(module, copies=True)
 
@@ -131,6 +133,8 @@ class Record:
 
     def samples(self, tensor: Tensor, held: Held) -> Samples:
         """Samples of these rows."""
+        if tensor.is_floating_point() or tensor.is_complex():
+            self.precision = max(self.precision, float(torch.finfo(tensor.dtype).eps))
         return {b: sampled(rows) for b, rows in self.each(tensor.detach(), held)}
 
     def each(self, tensor: Tensor, held: Held) -> Iterator[tuple[int, Tensor]]:
@@ -150,6 +154,7 @@ class Record:
         if any(isinstance(source, Shared) for source in call.slots.values()):
             return
         key = tuple(sorted(source.name for source in call.slots.values() if isinstance(source, Entry)))
+        self.precision = max(self.precision, precision(results[0], call.name))
         self.seen.append(Seen(call.where, key, self.samples(results[0], axes[0])))
 
     def given(self, where: str, labels: Labels, tensors: list[Tensor]) -> list[Seen]:
@@ -170,11 +175,11 @@ class Record:
         self.outputs.append(Seen("", (), rows))
 
 
-def close(batched: Sample, single: Sample) -> bool:
-    """Whether two tensors agree as far as one precision can tell after many operators."""
+def close(batched: Sample, single: Sample, coarse: float = 0.0) -> bool:
+    """Whether two tensors agree as far as their precision, or a coarser one, can tell after many operators."""
     if batched.shape != single.shape:
         return True  # not comparable, as where one path flattens and the other does not
     rows, alone = batched.values, single.values
     size = max(float(rows.nan_to_num(0, 0, 0).abs().max()), float(alone.nan_to_num(0, 0, 0).abs().max()), 1e-30)
-    slack = size * torch.finfo(rows.dtype).eps ** 0.5
+    slack = size * max(float(torch.finfo(rows.dtype).eps), coarse) ** 0.5
     return torch.allclose(rows, alone.to(rows), rtol=0.0, atol=slack, equal_nan=True)

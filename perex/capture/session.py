@@ -256,9 +256,11 @@ class Session:
         """
         again = Forward(-1, self.receiver, forward.batch, forward.path, forward.tracked)
         capture = Capture(self.parameters, again, self.key, self.where, self.recomputing, self.memo)
-        before = self.capture, self.running, self.frames, self.caller
+        before = self.capture, self.running, self.frames, self.caller, self.thread
         restore = run_eagerly()
+        # the backward of what is on a GPU runs in a thread of its own
         self.capture, self.running, self.frames, self.caller = capture, True, [], None
+        self.thread = threading.get_ident()
         for tensor in tensors_of(args):
             known = isinstance(tensor, nn.Parameter) or id(tensor) in self.parameters.entries
             if not known and (tensor.is_floating_point() or forward.batch in tensor.shape):
@@ -269,7 +271,7 @@ class Session:
         finally:
             restore()
             capture.labels.clean()
-            self.capture, self.running, self.frames, self.caller = before
+            self.capture, self.running, self.frames, self.caller, self.thread = before
 
     def end(self) -> None:
         """The outermost module has returned."""

@@ -6,10 +6,11 @@ Rules make them, quantities consume them; neither knows the other.
 from perex.factors.base import Factor
 from perex.factors.dense import Dense
 from perex.factors.few import Few
+from perex.factors.narrow import Narrow
 from perex.factors.outer import Outer
 from perex.factors.part import Part, Place
 from perex.factors.patches import Patches
 from perex.factors.rows import Rows
 from perex.factors.total import Total
 
-__all__ = ["Dense", "Factor", "Few", "Outer", "Part", "Patches", "Place", "Rows", "Total"]
+__all__ = ["Dense", "Factor", "Few", "Narrow", "Outer", "Part", "Patches", "Place", "Rows", "Total"]

@@ -10,13 +10,14 @@ from torch import Tensor
 from perex.factors.base import Factor
 from perex.factors.dense import Dense
 from perex.factors.few import Few
+from perex.factors.narrow import Narrow
 from perex.factors.outer import Outer
 from perex.factors.part import Part
 from perex.factors.patches import Patches
 from perex.factors.rows import Rows
 from perex.kernels.spot import Spot
 
-KINDS: tuple[Any, ...] = (Dense, Few, Outer, Part, Patches, Rows)
+KINDS: tuple[Any, ...] = (Dense, Few, Narrow, Outer, Part, Patches, Rows)
 
 
 class Spec(NamedTuple):

@@ -11,23 +11,29 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.factors.dense import Dense
+from perex.factors.narrow import narrow
 from perex.factors.outer import Outer
 from perex.factors.rows import Rows
-from perex.kernels.blocks import BLOCK, block_size, example_blocks
+from perex.kernels.blocks import block, block_size, example_blocks
 from perex.kernels.outer import gram_dot
 from perex.kernels.plan import Plan
+from perex.kernels.products import widen
 
 Product = Callable[[Any, Any], Tensor]
 PRODUCTS: dict[tuple[type[Factor], type[Factor]], Product] = {}
 PAIRS: dict[tuple[type[Factor], type[Factor]], Product] = {}
+NARROW: dict[tuple[type[Factor], type[Factor]], Product] = {}
+"""Those of `PRODUCTS` that take half precision as it is."""
 
 
-def closed_form(first: type[Factor], second: type[Factor]) -> Product | None:
+def closed_form(
+    first: type[Factor], second: type[Factor], forms: dict[tuple[type[Factor], type[Factor]], Product] = PRODUCTS
+) -> Product | None:
     """The registered form of `Factor.dot` for two kinds, in either order."""
-    form = PRODUCTS.get((first, second))
+    form = forms.get((first, second))
     if form is not None:
         return form
-    swapped = PRODUCTS.get((second, first))
+    swapped = forms.get((second, first))
     return None if swapped is None else lambda a, b: swapped(b, a)
 
 
@@ -90,6 +96,7 @@ def dense_rows(first: Dense, second: Rows) -> Tensor:
     return (first.values.gather(1, index) * second.grads).sum((1, 2))
 
 
+@product(Rows, Outer, NARROW)
 @product(Rows, Outer)
 def rows_outer(first: Rows, second: Outer) -> Tensor:
     r"""$\sum_{ts} (g_t \cdot r_s) \, l_s[id_t]$: an embedding tied to an output layer.
@@ -97,12 +104,12 @@ def rows_outer(first: Rows, second: Outer) -> Tensor:
     Row $id_t$ of $\sum_s l_s r_s^\top$ is $\sum_s l_s[id_t] r_s$; its product with $g_t$ needs neither
     table multiplied out.
     """
-    left, right = second.left, second.right
+    left, right, grads = second.left, second.right, first.grads
     if second.shape != first.shape or left.shape[2] != first.shape[0]:
-        return first.blockwise_dot(second)
+        return narrow(first).blockwise_dot(narrow(second))
     parts = []
     for i, j in example_blocks(first.batch, first.ids.shape[1] * left.shape[1]):
-        similarity = first.grads[i:j] @ right[i:j].mT  # (b, T, S)
+        similarity = widen(grads[i:j]) @ widen(right[i:j]).mT  # (b, T, S)
         columns = first.ids[i:j].long().unsqueeze(1).expand(-1, left.shape[1], -1)
         parts.append((similarity.mT * left[i:j].gather(2, columns)).sum((1, 2)))
     return torch.cat(parts)
@@ -111,7 +118,7 @@ def rows_outer(first: Rows, second: Outer) -> Tensor:
 def pair_blocks(one: int, other: int, elements: int) -> Iterator[tuple[slice, slice]]:
     """Pieces of all pairs of examples of two batches, whose temporaries, `elements` a pair, stay within a block."""
     step = block_size(other, elements)
-    own = max(1, BLOCK // max(1, step * elements))
+    own = max(1, block() // max(1, step * elements))
     for i in range(0, one, own):
         for k in range(0, other, step):
             yield slice(i, min(i + own, one)), slice(k, min(k + step, other))

@@ -78,4 +78,4 @@ class Rows(Factor):
 
     def project(self, rows: Tensor, columns: Tensor) -> Tensor:
         r"""$\sum_t a_k[id_t] (b_k \cdot g_t)$."""
-        return (rows[self.ids.long()].to(self.grads) * (self.grads @ columns.to(self.grads))).sum(1)
+        return (rows.to(self.ids.device)[self.ids.long()].to(self.grads) * (self.grads @ columns.to(self.grads))).sum(1)

@@ -24,12 +24,13 @@ from perex.kernels.geometry import (
     weight_gradient,
     weight_gradients,
 )
+from perex.kernels.gpu import seconds
 from perex.kernels.outer import whole_squares
 from perex.kernels.plan import Plan
 from perex.kernels.spot import current
 from perex.kernels.strategies import Strategies
 from perex.kernels.triton.available import usable
-from perex.kernels.triton.tiles import side, slack, tiles
+from perex.kernels.triton.tiles import channels_tile, covered, tiles
 
 NORMS = Strategies("convolutions")
 """Ways to $\\|G_b\\|^2$, for `x` of shape `(B, R, C_in, *spatial)` and `grads` `(B, R, C_out, *spatial')`, R images an
@@ -56,8 +57,8 @@ FRESH = 2
 NARROW = 48
 """Matrix products with a side that is shorter take twice as long."""
 
-GATHER = 1.5
-"""By how much a fused kernel is slower for looking up where patches lie; guessed."""
+GATHERED = {"half": 0.4, "TF32": 0.1, "float32": 0.3}
+"""What part of a large product's speed a Triton kernel reaches that looks up where patches lie."""
 
 
 def squared_norm(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
@@ -239,19 +240,79 @@ def summed(x: Tensor, grads: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor
     return torch.cat(norms), total
 
 
+def _product(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
+    plain = {*geometry.weight_shape[2:], *geometry.stride} == {1} and not any(geometry.padding)
+    if current() is None or not plain or x[3:] != grads[3:]:
+        return None
+    left, right = (
+        torch.Size((t[0], geometry.groups, t[1] * math.prod(t[3:]), t[2] // geometry.groups)) for t in (x, grads)
+    )
+    inner = outer.plan(left, right)
+    return inner._replace(way=f"product, {inner.way}")
+
+
+@NORMS.way("product", _product, on_gpu=True)
+def product(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    """A kernel of one pixel: its patches are the pixels; see `perex.kernels.outer`."""
+    return outer.squared_norm(*(by_group(t, geometry.groups).flatten(2, -2) for t in (x, grads)))
+
+
+def _whole_unfolded(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
+    spot, plan = current(), _unfolded(x, grads, geometry)
+    if spot is None or not usable(spot):
+        return None
+    positions, rows, columns = measures(x, grads, geometry)
+    left, right = (torch.Size((x[0], geometry.groups, positions, size)) for size in (rows, columns))
+    inner, entries = outer.plan(left, right), x[0] * geometry.groups * positions * columns
+    return plan._replace(
+        way=f"whole unfolded, {inner.way}", seconds=inner.seconds + seconds(spot.dtype, 0, 4 * entries, 8, GATHERED)
+    )
+
+
+@NORMS.way("whole unfolded", _whole_unfolded, on_gpu=True)
+def whole_unfolded(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    """`unfolded`, for GPUs, in larger pieces."""
+    return unfolded(x, grads, geometry)
+
+
 def _triton_direct(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
     spot, counted = current(), 2**31 - 1  # positions and columns are counted in 32 bits
-    if spot is None or not usable(spot) or len(x) > 5 or max(x[1:].numel(), grads[1:].numel()) > counted:
+    if spot is None or not usable(spot) or max(x[1:].numel(), grads[1:].numel()) > counted:
         return None
-    _, rows, columns = measures(x, grads, geometry)
+    positions, rows, _ = measures(x, grads, geometry)
     _, _, flops = _multiplied_out(x, grads, geometry)
-    sums = x[0] * geometry.groups * tiles(rows, side(rows, spot.dtype)) * tiles(columns, side(columns, spot.dtype))
-    return Plan("Triton direct", flops, sums, sums, GATHER * slack(spot.dtype, rows, columns))
+    channels, places = geometry.weight_shape[1], math.prod(geometry.weight_shape[2:])
+    tile, several = channels_tile(rows, channels, spot.dtype), x[0] * geometry.groups * places
+    parts = several * tiles(rows, tile.rows) * tiles(channels, tile.columns)
+    products = several * positions * covered(rows, tile.rows) * covered(channels, tile.columns)
+    time = seconds(spot.dtype, products, x.numel() + grads.numel(), 4, GATHERED)
+    return Plan("Triton direct", flops, parts, parts, seconds=time)
 
 
-@NORMS.way("Triton direct", _triton_direct, fused=True)
+@NORMS.way("Triton direct", _triton_direct, on_gpu=True)
 def triton_direct(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     r"""$\|\sum_p g_p u_p^\top\|^2$, patches read where they lie and each tile of the gradient squared in registers."""
     from perex.kernels.triton.convolution import direct
 
     return direct(x, grads, geometry)
+
+
+def _triton_pixel_gram(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
+    spot = current()
+    if spot is None or _triton_direct(x, grads, geometry) is None:
+        return None
+    narrow, wide = (x, grads) if geometry.transposed else (grads, x)
+    pixels, places = wide[1] * math.prod(wide[3:]), narrow[1] * math.prod(narrow[3:])
+    products = pixels**2 * wide[2] + places**2 * narrow[2]  # over all groups
+    grams = x[0] * geometry.groups * (pixels**2 + places**2)
+    shifted = x[0] * geometry.groups * places**2 * math.prod(geometry.weight_shape[2:]) // 2
+    time = seconds(spot.dtype, x[0] * products, 2 * grams + shifted, 12, outer.BACKEND)
+    return Plan("Triton pixel Gram", 2 * x[0] * products, grams, grams + shifted, seconds=time)
+
+
+@NORMS.way("Triton pixel Gram", _triton_pixel_gram, on_gpu=True)
+def triton_pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    """`pixel_gram`, shifted copies of the Gram matrix of pixels added up, multiplied and summed in registers."""
+    from perex.kernels.triton.convolution import pixel_gram
+
+    return pixel_gram(x, grads, geometry)

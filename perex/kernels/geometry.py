@@ -144,8 +144,8 @@ def patches(wide: Tensor, places: torch.Size, geometry: Geometry) -> Tensor:
         geometry: the convolution's options.
 
     Returns:
-        Tensor `(b, G, T, n)`, with T the places of all R rows and n the columns of the weight. In memory the places of
-        one column are neighbours, as pixels of the image are: copied in runs, not one by one.
+        Tensor `(b, G, T, n)`, with T the places of all R rows and n the columns of the weight. In a CPU's memory the
+        places of one column are neighbours, as pixels of the image are: copied in runs, not one by one.
     """
     kernel = geometry.weight_shape[2:]
     if any(geometry.padding):
@@ -155,5 +155,7 @@ def patches(wide: Tensor, places: torch.Size, geometry: Geometry) -> Tensor:
     ):
         wide = wide.unfold(axis, spread * (size - 1) + 1, step).narrow(axis, 0, count)[..., ::spread]
     grouped = wide.unflatten(2, (geometry.groups, -1)).movedim(1, 3)  # (b, G, C/G, R, *places, *kernel)
+    if wide.is_cuda:
+        return grouped.movedim(2, 3 + len(kernel)).flatten(3 + len(kernel)).flatten(2, -2)
     columns = grouped.movedim(tuple(range(-len(kernel), 0)), tuple(range(3, 3 + len(kernel))))
     return columns.flatten(2, 2 + len(kernel)).flatten(3).mT

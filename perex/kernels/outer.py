@@ -8,19 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perex.kernels.blocks import BLOCK, block_size, example_blocks, pair_block_size
+from perex.kernels.blocks import block, block_size, example_blocks, pair_block_size
 from perex.kernels.cancellation import recomputed
+from perex.kernels.gpu import seconds
 from perex.kernels.plan import Plan
+from perex.kernels.products import HALVES, product
 from perex.kernels.spot import current
 from perex.kernels.strategies import Strategies
 from perex.kernels.triton.available import usable
-from perex.kernels.triton.tiles import side, slack, tiles
+from perex.kernels.triton.tiles import covered, direct_tile, gram_tile, tiles
 
 NORMS = Strategies("outer products")
 """Ways to $\\|G_b\\|^2$, for `left` of shape `(B, G, T, m)` and `right` `(B, G, T, n)`, with G independent groups."""
 
 PIECES, SHORTEST = 4, 64
 """Into how many pieces positions are split for symmetric products, and how short these may be."""
+
+
+DIRECT = {"half": 0.65, "TF32": 0.33, "float32": 0.4}
+GRAM = {"half": 0.55, "TF32": 0.5, "float32": 0.4}
+BACKEND = {"half": 0.85, "TF32": 0.85, "float32": 0.85}
+"""What part of a large product's speed Triton's kernels reach on a GPU, and the backend's batched products."""
 
 
 def squared_norm(left: Tensor, right: Tensor) -> Tensor:
@@ -47,7 +55,7 @@ def _one_position(left: torch.Size, right: torch.Size) -> Plan | None:
     return Plan("one position", 2 * elements + 2 * batch * groups, elements) if positions == 1 else None
 
 
-@NORMS.way("one position", _one_position)
+@NORMS.way("one position", _one_position, narrow=True)
 def one_position(left: Tensor, right: Tensor) -> Tensor:
     r"""$\|l\|^2 \|r\|^2$."""
     return (squares(left, 3) * squares(right, 3)).sum((1, 2))
@@ -57,18 +65,18 @@ def _direct(left: torch.Size, right: torch.Size) -> Plan | None:
     batch, groups, positions, m = left
     entries = groups * m * right[3]
     flops = 2 * batch * entries * (positions + 1)
-    block = min(block_size(batch, entries) * entries, max(BLOCK, groups * right[3]))
-    return Plan("direct", flops, block, batch * entries)
+    held = min(block_size(batch, entries) * entries, max(block(), groups * right[3]))
+    return Plan("direct", flops, held, batch * entries)
 
 
-@NORMS.way("direct", _direct)
+@NORMS.way("direct", _direct, narrow=True)
 def direct(left: Tensor, right: Tensor) -> Tensor:
     r"""$\|\sum_t l_t r_t^\top\|^2$, a few examples at a time, or a few rows of one: $2 T m n$ operations an example."""
     groups, _, m = left.shape[1:]
-    step = max(1, BLOCK // max(1, groups * right.shape[3]))  # of rows
+    step = max(1, block() // max(1, groups * right.shape[3]))  # of rows
     parts = []
     for i, j in example_blocks(left.shape[0], groups * m * right.shape[3]):
-        rows = (left[i:j, ..., k : k + step].mT @ right[i:j] for k in range(0, max(m, 1), step))
+        rows = (product(left[i:j, ..., k : k + step].mT, right[i:j]) for k in range(0, max(m, 1), step))
         parts.append(sum(whole_squares(found.flatten(1, 2)) for found in rows))
     return joined(parts)
 
@@ -92,7 +100,7 @@ def summed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """
     batch, m, n = left.shape[0], left.shape[2], right.shape[2]
     total, norms = left.new_zeros(m, n), left.new_zeros(batch)
-    step = max(1, BLOCK // max(1, n))  # of rows
+    step = max(1, block() // max(1, n))  # of rows
     for i, j in example_blocks(batch, m * n):
         for k in range(0, max(m, 1), step):
             found = left[i:j, :, k : k + step].mT @ right[i:j]
@@ -113,8 +121,8 @@ def _gram(left: torch.Size, right: torch.Size) -> Plan | None:
         return None
     pairs = groups * sum((stop - start) * stop for start, stop in pieces(positions))
     largest = groups * positions * max((stop - start for start, stop in pieces(positions)), default=0)
-    block = pair_block_size(batch, largest) * largest
-    return Plan("Gram", 2 * batch * pairs * (m + right[3] + 1), 2 * block, 2 * batch * pairs)
+    held = pair_block_size(batch, largest) * largest
+    return Plan("Gram", 2 * batch * pairs * (m + right[3] + 1), 2 * held, 2 * batch * pairs)
 
 
 @NORMS.way("Gram", _gram)
@@ -147,12 +155,15 @@ def _triton_direct(left: torch.Size, right: torch.Size) -> Plan | None:
     (batch, groups, positions, m), n, spot = left, right[3], current()
     if spot is None or not usable(spot) or positions == 1:
         return None
-    sums = groups * tiles(m, side(m, spot.dtype)) * tiles(n, side(n, spot.dtype))
-    flops = 2 * batch * groups * m * n * (positions + 1)
-    return Plan("Triton direct", flops, batch * sums, batch * sums, slack(spot.dtype, m, n))
+    m, n = max(m, n), min(m, n)
+    tile = direct_tile(m, n, spot.dtype)
+    parts = batch * groups * tiles(m, tile.rows) * tiles(n, tile.columns)
+    products = batch * groups * positions * covered(m, tile.rows) * covered(n, tile.columns)
+    flops, time = 2 * batch * groups * m * n * (positions + 1), seconds(spot.dtype, products, parts, 2, DIRECT)
+    return Plan("Triton direct", flops, parts, parts, seconds=time)
 
 
-@NORMS.way("Triton direct", _triton_direct, fused=True)
+@NORMS.way("Triton direct", _triton_direct, on_gpu=True)
 def triton_direct(left: Tensor, right: Tensor) -> Tensor:
     """`direct`, each tile of the gradient squared in registers."""
     from perex.kernels.triton.outer import direct
@@ -161,25 +172,57 @@ def triton_direct(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _triton_gram(left: torch.Size, right: torch.Size) -> Plan | None:
-    (batch, groups, positions, m), spot = left, current()
+    (batch, groups, positions), width, spot = left[:3], left[3] + right[3], current()
     if spot is None or not usable(spot) or positions == 1:
         return None
-    tile = side(positions, spot.dtype)
+    tile = gram_tile(positions, spot.dtype).rows
     count = tiles(positions, tile)
-    pairs = groups * count * (count + 1) // 2
-    # Tiles that reach over the last position are in the slack, those over the diagonal in the operations.
-    flops = 2 * batch * pairs * min(tile, positions) ** 2 * (m + right[3] + 1)
-    return Plan(
-        "Triton Gram", flops, 2 * batch * pairs, 2 * batch * pairs, slack(spot.dtype, min(tile, positions)) ** 2
-    )
+    pairs = batch * groups * count * (count + 1) // 2
+    products = pairs * tile**2 * width
+    flops, time = 2 * pairs * min(tile, positions) ** 2 * (width + 1), seconds(spot.dtype, products, pairs, 6, GRAM)
+    return Plan("Triton Gram", flops, 2 * pairs, 2 * pairs, seconds=time)
 
 
-@NORMS.way("Triton Gram", _triton_gram, fused=True)
+@NORMS.way("Triton Gram", _triton_gram, on_gpu=True)
 def triton_gram(left: Tensor, right: Tensor) -> Tensor:
     """`gram`, both Gram matrices and their product in registers, a pair of tiles of positions at a time."""
     from perex.kernels.triton.outer import gram
 
     return gram(left, right)
+
+
+def _whole_gram(left: torch.Size, right: torch.Size) -> Plan | None:
+    (batch, groups, positions), width, spot = left[:3], left[3] + right[3], current()
+    if spot is None or not usable(spot) or positions == 1:
+        return None
+    pairs = batch * groups * positions**2
+    time = seconds(spot.dtype, pairs * width, 7 * pairs, 10, BACKEND)
+    return Plan("whole Gram", 2 * pairs * (width + 1), 2 * pairs, 2 * pairs, seconds=time)
+
+
+@NORMS.way("whole Gram", _whole_gram, on_gpu=True)
+def whole_gram(left: Tensor, right: Tensor) -> Tensor:
+    """`gram` of all examples and positions at once, with no branch on what it finds."""
+    from perex.kernels.triton.outer import direct, settled
+
+    terms = product(left, left.mT).mul_(product(right, right.mT)).flatten(1, 2)
+    parts = torch.stack((terms.sum(2), torch.linalg.vector_norm(terms, 1, dim=2)))
+    return settled(parts, lambda wanted: direct(left, right, wanted))
+
+
+def _whole_direct(left: torch.Size, right: torch.Size) -> Plan | None:
+    (batch, groups, positions, m), n, spot = left, right[3], current()
+    if spot is None or not usable(spot) or positions == 1:
+        return None
+    entries, calls = batch * groups * m * n, -(-batch // block_size(batch, groups * m * n))
+    time = seconds(spot.dtype, entries * positions, 2 * entries, 4 * calls + 1, BACKEND)
+    return Plan("whole direct", 2 * entries * (positions + 1), block(), entries, seconds=time)
+
+
+@NORMS.way("whole direct", _whole_direct, on_gpu=True)
+def whole_direct(left: Tensor, right: Tensor) -> Tensor:
+    """`direct`, for GPUs: a few large products and passes over them."""
+    return direct(left, right)
 
 
 def gram_dot(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:
@@ -205,7 +248,7 @@ def gram_dot(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tenso
 
 def squares(x: Tensor, dim: int) -> Tensor:
     r"""$\sum |x|^2$ over a dimension, without a tensor of squares."""
-    return torch.linalg.vector_norm(x, dim=dim).square()
+    return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float32 if x.dtype in HALVES else None).square()
 
 
 def whole_squares(x: Tensor) -> Tensor:

@@ -7,9 +7,6 @@ from typing import NamedTuple
 MOVE = 16
 """What reading and writing an element of a temporary costs, in multiply-adds of a matrix product (two CPU cores)."""
 
-MOVE_ON_GPU, CALL_ON_GPU = 100, 100
-"""The same on a GPU, and by how much a call costs more multiply-adds there: from data sheets, not measured yet."""
-
 
 class Plan(NamedTuple):
     """One way to the norms of a batch, known from shapes alone.
@@ -21,6 +18,7 @@ class Plan(NamedTuple):
         moved: how many elements of temporaries are written, and read again, in all.
         slack: by how much its arithmetic is slower than a large matrix product's.
         calls: what calls of the backend cost beside their arithmetic, in multiply-adds.
+        seconds: how long it takes on a GPU, for ways that are for GPUs.
     """
 
     way: str
@@ -29,13 +27,9 @@ class Plan(NamedTuple):
     moved: int = 0
     slack: float = 1.0
     calls: int = 0
+    seconds: float = 0.0
 
     @property
     def cost(self) -> float:
         """Time, in multiply-adds of a large matrix product."""
         return self.slack * self.flops / 2 + MOVE * self.moved + self.calls
-
-    @property
-    def cost_on_gpu(self) -> float:
-        """The same on a GPU, where arithmetic is cheap beside all else."""
-        return self.slack * self.flops / 2 + MOVE_ON_GPU * self.moved + CALL_ON_GPU * self.calls

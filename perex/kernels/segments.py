@@ -59,7 +59,7 @@ def _triton_segments(grads: torch.Size) -> Plan | None:
     return Plan("Triton segments", 3 * entries, 6 * grads[:2].numel(), 6 * grads[:2].numel())
 
 
-@NORMS.way("Triton segments", _triton_segments, fused=True)
+@NORMS.way("Triton segments", _triton_segments, on_gpu=True)
 def triton_segments(grads: Tensor, ids: Tensor, table_rows: int) -> Tensor:
     """The same, rows added up in registers rather than in memory."""
     from perex.kernels.triton.rows import squared_norm

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from perex.kernels.plan import Plan
+from perex.kernels.products import HALVES, widen
 from perex.kernels.spot import Spot, at, current
 from perex.kernels.triton.available import fast
 
@@ -31,7 +32,7 @@ class Preferences:
     Attributes:
         names: strategies to take wherever they apply, the first one first.
         autotune: whether to measure the strategies that apply, once for inputs of some shapes.
-        measured: which was the fastest, by kind, shapes, and where tensors are if fused kernels run there.
+        measured: which was the fastest, by kind, shapes, and where tensors are if that is a GPU.
     """
 
     names: tuple[str, ...] = ()
@@ -60,11 +61,19 @@ class Strategy:
         name: what reports call it, and what it is asked for by.
         plan: from the shapes of the arguments to what it costs; None where it does not apply.
         run: from the arguments to `(B,)`; the first of them is a floating-point tensor.
+        narrow: whether it takes half precision as it is, and adds up in float32; others get it in float32.
     """
 
     name: str
     plan: Callable[..., Plan | None]
     run: Callable[..., Tensor]
+    narrow: bool = False
+
+    def __call__(self, *args: Any) -> Tensor:
+        """Run it."""
+        if self.narrow or args[0].dtype not in HALVES:
+            return self.run(*args)
+        return self.run(*(widen(arg) if isinstance(arg, Tensor) else arg for arg in args))
 
 
 _all: list[Strategies] = []
@@ -72,7 +81,7 @@ _all: list[Strategies] = []
 
 def known_strategies() -> set[str]:
     """The names of all ways there are."""
-    return {name for strategies in _all for name in (*strategies.ways, *strategies.fused)}
+    return {name for strategies in _all for name in (*strategies.ways, *strategies.on_gpu)}
 
 
 class Strategies:
@@ -84,18 +93,18 @@ class Strategies:
     Attributes:
         ways: those that run everywhere, by name.
         picked: what was chosen for arguments of some shapes.
-        fused: those by kernels for GPUs; their plans ask `perex.kernels.spot.current` whether tensors are fit for them.
+        on_gpu: those for GPUs; their plans ask `perex.kernels.spot.current` whether tensors are fit for them.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.ways: dict[str, Strategy] = {}
-        self.fused: dict[str, Strategy] = {}
+        self.on_gpu: dict[str, Strategy] = {}
         self.picked: dict[Any, tuple[str, Plan]] = {}
         _all.append(self)
 
     def way(
-        self, name: str, plan: Callable[..., Plan | None], fused: bool = False
+        self, name: str, plan: Callable[..., Plan | None], on_gpu: bool = False, narrow: bool = False
     ) -> Callable[[Callable[..., Tensor]], Any]:
         """Register a function under a name.
 
@@ -104,9 +113,9 @@ class Strategies:
         """
 
         def register(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            if name in self.ways or name in self.fused:
+            if name in self.ways or name in self.on_gpu:
                 raise ValueError(f"{self.kind} has a strategy {name!r} already")
-            (self.fused if fused else self.ways)[name] = Strategy(name, plan, run)
+            (self.on_gpu if on_gpu else self.ways)[name] = Strategy(name, plan, run, narrow or on_gpu)
             self.picked.clear()
             return run
 
@@ -114,18 +123,18 @@ class Strategies:
 
     def plans(self, *shapes: Any) -> dict[str, Plan]:
         """What each way that applies costs."""
-        ways = self.ways if self.spot() is None else self.ways | self.fused
+        ways = self.ways if self.spot() is None else self.ways | self.on_gpu
         found = ((name, way.plan(*shapes)) for name, way in ways.items())
         return {name: plan for name, plan in found if plan is not None}
 
     def spot(self) -> Spot | None:
-        """Where tensors are, if fused ways come into question: on a GPU, or elsewhere if one is asked for by name."""
+        """Where tensors are, if ways for GPUs come into question: on one, or elsewhere if one is asked for by name."""
         spot = current()
         return spot if spot is not None and self.asked(spot.device == "cuda") else None
 
     def asked(self, on_gpu: bool) -> bool:
-        """Whether fused ways come into question."""
-        return bool(self.fused) and (on_gpu or not self.fused.keys().isdisjoint(_current.get().names))
+        """Whether ways for GPUs come into question."""
+        return bool(self.on_gpu) and (on_gpu or not self.on_gpu.keys().isdisjoint(_current.get().names))
 
     def choose(self, *shapes: Any) -> Plan:
         """The plan of the way that is taken for arguments of these shapes."""
@@ -153,30 +162,32 @@ class Strategies:
         return self.kind, shapes, self.spot()
 
     def costs(self, plans: dict[str, Plan]) -> dict[str, float]:
-        """What the ways cost that may be taken unasked: fused ones on a GPU only, not where Python interprets them."""
-        spot = self.spot()
-        if spot is not None and spot.device == "cuda":
-            return {name: plan.cost_on_gpu for name, plan in plans.items() if name in self.ways or fast(spot)}
+        """What the ways cost that may be taken unasked: those for GPUs, where any of these applies, or the others."""
+        if fast(self.spot()):
+            times = {name: plan.seconds for name, plan in plans.items() if name in self.on_gpu}
+            if times:
+                return times
         return {name: plan.cost for name, plan in plans.items() if name in self.ways}
 
     def run(self, shapes: tuple[Any, ...], *args: Any) -> Tensor:
-        """The number, by the way that is chosen for `shapes`, which `plan`s take."""
-        return self.chosen(shapes, args)(*args)
+        """The number, by the way that is chosen for `shapes`, which `plan`s take.
 
-    def chosen(self, shapes: tuple[Any, ...], args: tuple[Any, ...]) -> Callable[..., Tensor]:
-        """The function of that way, which is measured if the user wants that.
-
-        Fused ways are not even looked at for tensors on a CPU, unless one is asked for by name.
+        Ways for GPUs are not even looked at for tensors on a CPU, unless one is asked for by name.
         """
-        wanted, tensor = _current.get(), args[0]
+        tensor = args[0]
         spot = Spot(tensor.device.type, tensor.dtype) if self.asked(tensor.is_cuda) else None
-        if spot != current():
-            with at(spot):
-                return self.chosen(shapes, args)
+        if spot == current():
+            return self.chosen(shapes, args)(*args)
+        with at(spot):  # while it runs, too: it may ask for plans of its own, and for the size of blocks
+            return self.chosen(shapes, args)(*args)
+
+    def chosen(self, shapes: tuple[Any, ...], args: tuple[Any, ...]) -> Strategy:
+        """That way, which is measured if the user wants that."""
+        wanted = _current.get()
         if wanted.autotune and self.key(shapes) not in wanted.measured:
             wanted.measured[self.key(shapes)] = self.fastest(shapes, args)
         name, _ = self.pick(*shapes)
-        return (self.ways.get(name) or self.fused[name]).run
+        return self.ways.get(name) or self.on_gpu[name]
 
     def fastest(self, shapes: tuple[Any, ...], args: tuple[Any, ...]) -> str:
         """The name of the way that takes the least time."""
@@ -187,7 +198,7 @@ class Strategies:
 
     def seconds(self, name: str, args: tuple[Any, ...]) -> float:
         """How long one way takes when it is warm."""
-        run = (self.ways | self.fused)[name].run
+        run = (self.ways | self.on_gpu)[name]
         run(*args)
         synchronize(args)
         start = time.perf_counter()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from perex.capture.axis import Held
+from perex.kernels.products import HALVES, widen
 
 if TYPE_CHECKING:
     from perex.capture.forward import Forward, Source
@@ -104,7 +105,9 @@ class Call:
 class Captured:
     """A call with what its backward brings: the one thing a rule gets to read.
 
-    Half-precision tensors are handed out in float32, so that everything is accumulated in at least that.
+    Half-precision tensors are handed out in float32, so that everything is accumulated in at least that; but as they
+    are to rules that say they add up in float32 themselves, on a GPU. These also get what the operator itself read in
+    half precision, under autocast.
 
     Attributes:
         grad: output gradient with examples in front, `(B, *rest)`; see `Axis.front`.
@@ -114,8 +117,17 @@ class Captured:
     def __init__(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         self.call = call
         self.batch = call.batch
-        self.grads = [None if grad is None else widen(grad.detach()) for grad in grads]
+        first = next((grad for grad in grads if grad is not None), None)
+        narrow = call.rule.narrow and first is not None and first.is_cuda and first.dtype in HALVES
+        self.dtype = first.dtype if narrow and first is not None else None
+        self.grads = [None if grad is None else self.read(grad.detach()) for grad in grads]
         self.tensors: dict[int, Tensor] = {i: t.detach() for i, t in zip(call.kept, saved, strict=True)}
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """A tensor in the precision that the rule takes."""
+        if self.dtype is None:
+            return widen(tensor)
+        return tensor.to(self.dtype) if tensor.dtype == torch.float32 else tensor
 
     @property
     def grad(self) -> Tensor:
@@ -127,19 +139,21 @@ class Captured:
     def examples(self, name: str) -> Tensor:
         """Argument `name` with examples in front, `(B, *rest)`; a constant is given to each example."""
         index = self.call.template(name).number
-        axis, value = self.call.axes[index] or self.call.rows.get(index), widen(self.tensors[index])
+        axis, value = self.call.axes[index] or self.call.rows.get(index), self.read(self.tensors[index])
         return value.expand(self.batch, *value.shape) if axis is None else axis.front(value, self.batch)
 
     def rows(self, name: str) -> Tensor:
         """Argument `name` as each example has it when it is alone, `(B, *batch-of-one shape)`."""
         index = self.call.template(name).number
-        axis, value = self.call.axes[index] or self.call.rows.get(index), widen(self.tensors[index])
+        axis, value = self.call.axes[index] or self.call.rows.get(index), self.read(self.tensors[index])
         return value.expand(self.batch, *value.shape) if axis is None else axis.rows(value, self.batch)
 
     def value(self, name: str) -> Any:
         """Argument `name` as the operator got it; a tensor must be among those the rule `saves`."""
         template = self.call.template(name)
-        return widen(self.tensors[template.number]) if isinstance(template, Ref) else template
+        if not isinstance(template, Ref):
+            return template
+        return widen(self.tensors[template.number]) if self.dtype is None else self.tensors[template.number]
 
     def option(self, name: str, default: Any) -> Any:
         """An argument that is not a tensor, or its default."""
@@ -153,8 +167,3 @@ class Captured:
     def wants(self, name: str) -> bool:
         """Whether the gradient of parameter `name` is asked for."""
         return name in self.call.slots
-
-
-def widen(tensor: Tensor) -> Tensor:
-    """Half precision as float32; anything else as it is."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

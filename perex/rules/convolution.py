@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from perex.factors import Dense, Factor, Patches
 from perex.kernels.geometry import Geometry
 from perex.rules.call import Captured
+from perex.rules.linear import added
 from perex.rules.registry import operator_rule
 
 
@@ -32,7 +33,7 @@ def factors_of(captured: Captured, geometry: Geometry, pad: Sequence[int] = ()) 
         x = images(captured.examples("input"), spatial)
         factors["weight"] = Patches(F.pad(x, list(pad)) if pad else x, grad, geometry)
     if captured.wants("bias"):
-        factors["bias"] = Dense(grad.flatten(3).sum((1, 3)))
+        factors["bias"] = Dense(added(grad.flatten(3), (1, 3)))
     return factors
 
 
@@ -43,6 +44,7 @@ def factors_of(captured: Captured, geometry: Geometry, pad: Sequence[int] = ()) 
     arguments="input weight bias stride padding dilation groups",
     parameters="weight bias",
     saves={"weight": "input"},
+    narrow=True,
 )
 def convolution(captured: Captured) -> dict[str, Factor]:
     """`F.conv1d`, `F.conv2d`, `F.conv3d`, with padding as numbers or by name."""
@@ -68,6 +70,7 @@ def convolution(captured: Captured) -> dict[str, Factor]:
     arguments="input weight bias stride padding output_padding groups dilation",
     parameters="weight bias",
     saves={"weight": "input"},
+    narrow=True,
 )
 def transposed_convolution(captured: Captured) -> dict[str, Factor]:
     """`F.conv_transpose1d` and its kin, whose weight is `(C_in, C_out / groups, *kernel)`."""

@@ -23,6 +23,7 @@ def keep(ids: Tensor, grads: Tensor, padding_idx: int | None, rows: int) -> Tens
     arguments="input weight padding_idx max_norm norm_type scale_grad_by_freq sparse",
     parameters="weight",
     saves={"weight": "input"},
+    narrow=True,
 )
 def embedding(captured: Captured) -> dict[str, Factor]:
     """`F.embedding`: every position reads one row."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from perex.capture.carry import tensors_in
 from perex.factors import Dense, Factor
-from perex.rules.call import Captured, unpack, widen
+from perex.kernels.products import widen
+from perex.rules.call import Captured, unpack
 from perex.rules.registry import Rule
 
 
@@ -65,7 +66,11 @@ def general(captured: Captured) -> dict[Any, Factor]:
             found = torch.func.vmap(pulled_back)(rows, grads)
     except (RuntimeError, ValueError, NotImplementedError):
         with torch.enable_grad():
-            each = [by_autograd({i: r[b] for i, r in rows.items()}, [g[b] for g in grads]) for b in range(batch)]
+            each = [
+                # contiguous, as cuDNN wants it of states
+                by_autograd({i: r[b].contiguous() for i, r in rows.items()}, [g[b] for g in grads])
+                for b in range(batch)
+            ]
         found = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
     factors: dict[Any, Factor] = {}
     for index, values in zip(wanted, found, strict=True):

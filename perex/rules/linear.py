@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perex.factors import Dense, Factor, Outer
+from perex.kernels.products import HALVES, widen
 from perex.rules.call import Captured
 from perex.rules.registry import operator_rule
 
@@ -17,12 +18,19 @@ def positions(rows: Tensor) -> Tensor:
 
 
 def summed(rows: Tensor, shape: torch.Size) -> Tensor:
-    """`(B, ..., *shape)` summed over positions to `(B, *shape)`."""
+    """`(B, ..., *shape)` summed over positions to `(B, *shape)`, half precision in float32."""
     between = tuple(range(1, rows.dim() - len(shape)))
-    return rows.sum(between) if between else rows
+    return added(rows, between) if between else widen(rows)
 
 
-@operator_rule(F.linear, arguments="input weight bias", parameters="weight bias", saves={"weight": "input"})
+def added(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Summed over some dimensions, half precision in float32."""
+    return rows.sum(dims, dtype=torch.float32 if rows.dtype in HALVES else None)
+
+
+@operator_rule(
+    F.linear, arguments="input weight bias", parameters="weight bias", saves={"weight": "input"}, narrow=True
+)
 def linear(captured: Captured) -> dict[str, Factor]:
     r"""`F.linear`: $W$ is `(d_out, d_in)`, and the bias's gradient is $\sum_t g_{bt}$."""
     factors: dict[str, Factor] = {}
@@ -30,7 +38,7 @@ def linear(captured: Captured) -> dict[str, Factor]:
         weight = captured.shape("weight")
         if len(weight) == 1:  # a vector of weights gives one number a position
             x = captured.examples("input")
-            factors["weight"] = Dense(summed(captured.grad.unsqueeze(-1) * x, weight))
+            factors["weight"] = Dense(summed(widen(captured.grad).unsqueeze(-1) * widen(x), weight))
         else:
             factors["weight"] = Outer(positions(captured.grad), positions(captured.examples("input")), weight)
     if captured.wants("bias"):
@@ -48,6 +56,7 @@ def linear(captured: Captured) -> dict[str, Factor]:
     parameters="other",
     saves={"other": "input"},
     applies=lambda tensors: tensors["other"].dim() == 2 and tensors["input"].dim() >= 2,
+    narrow=True,
 )
 def matmul(captured: Captured) -> dict[str, Factor]:
     r"""`x @ W`: $W$ is `(d_in, d_out)`, so $G_b = \sum_t x_{bt} g_{bt}^\top$."""
@@ -62,6 +71,7 @@ def matmul(captured: Captured) -> dict[str, Factor]:
     parameters="input mat2",
     saves={"mat2": "mat1"},
     applies=lambda tensors: tensors["input"].dim() == 1,
+    narrow=True,
 )
 def addmm(captured: Captured) -> dict[str, Factor]:
     """`bias + x @ W`: HF's `Conv1D`, which stores `W` as `(d_in, d_out)`."""
@@ -70,7 +80,7 @@ def addmm(captured: Captured) -> dict[str, Factor]:
     if captured.wants("mat2"):
         factors["mat2"] = Outer(positions(captured.examples("mat1")), grad, captured.shape("mat2"))
     if captured.wants("input"):
-        factors["input"] = Dense(grad.sum(1).sum_to_size(captured.batch, *captured.shape("input")))
+        factors["input"] = Dense(added(grad, (1,)).sum_to_size(captured.batch, *captured.shape("input")))
     return factors
 
 

@@ -97,6 +97,7 @@ def instance_norm(captured: Captured) -> dict[str, Factor]:
     arguments="input running_mean running_var weight bias training momentum eps",
     parameters="weight bias",
     saves={"weight": "input running_mean running_var"},
+    narrow=True,
 )
 def batch_norm(captured: Captured) -> dict[str, Factor]:
     r"""With running statistics; with those of the batch it never gets here.
@@ -111,13 +112,15 @@ def batch_norm(captured: Captured) -> dict[str, Factor]:
     grad = captured.call.out_axes[0].rows(grad, batch)  # (B, N, C, *spatial), N rows an example
     x = captured.rows("input") if captured.wants("weight") else grad  # or anything, if not asked for
     grad, x = (rows.transpose(0, 1).flatten(1, 2).contiguous() for rows in (grad, x))  # (N, B * C, *spatial)
-    mean, variance = x.new_zeros(channels), x.new_ones(channels)
+    dtype, eps = torch.promote_types(x.dtype, torch.float32), captured.option("eps", 1e-5)
+    ones = torch.ones(batch * channels, dtype=dtype, device=x.device)
+    mean, variance = ones, ones
     if captured.wants("weight"):
-        mean, variance = captured.value("running_mean"), captured.value("running_var")
+        mean, variance = (captured.value(name).to(dtype).repeat(batch) for name in ("running_mean", "running_var"))
+    inverse = (variance + eps).rsqrt()  # as CUDA wants what the forward saved, which was none of the batch's
     _, weight, bias = torch.ops.aten.native_batch_norm_backward(
-        grad, x, None, mean.repeat(batch), variance.repeat(batch), None, None, False, captured.option("eps", 1e-5),
-        [False, True, True],
-    )  # fmt: skip
+        grad, x, ones, mean, variance, mean, inverse, False, eps, [False, True, True]
+    )
     sums = {"weight": weight, "bias": bias}
     return {name: Dense(sums[name].view(batch, channels)) for name in sums if captured.wants(name)}
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from perex.capture.axis import Held, Single
 from perex.capture.carry import tensors_in
 from perex.factors import Dense, Factor
-from perex.rules.call import Captured, unpack, widen
+from perex.kernels.products import widen
+from perex.rules.call import Captured, unpack
 from perex.rules.registry import Rule
 
 

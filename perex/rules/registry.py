@@ -32,6 +32,7 @@ class Rule:
             needed in any case.
         function: from `Captured` to a factor for each wanted parameter.
         applies: whether it covers a call with these tensors, by argument name.
+        narrow: whether it takes half precision as it is on GPUs, makes factors of that, and adds up in float32.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Rule:
     saves: Mapping[str, tuple[str, ...]]
     function: RuleFunction
     applies: Callable[[dict[str, Tensor]], bool] = field(default=lambda tensors: True)
+    narrow: bool = False
 
 
 OPERATORS: dict[Any, Rule] = {}
@@ -52,6 +54,7 @@ def operator_rule(
     parameters: str,
     saves: Mapping[str, str] | None = None,
     applies: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
+    narrow: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule for torch operators.
 
@@ -62,6 +65,7 @@ def operator_rule(
         saves: for a parameter, the arguments whose values its gradient needs, separated by spaces: memory is held
             for them only while that parameter is tracked.
         applies: a test on the call's tensors; where it fails, the general path is taken.
+        narrow: whether the rule takes half precision as it is; see `Rule`.
 
     Raises:
         ValueError: an operator has a rule already.
@@ -75,6 +79,7 @@ def operator_rule(
             {name: tuple(needed.split()) for name, needed in (saves or {}).items()},
             function,
             applies,
+            narrow,
         )
         for operator in dict.fromkeys(operators):
             if operator in OPERATORS:

@@ -8,6 +8,7 @@ from torch import Tensor
 from perex.capture.axis import NOBODY, Axis, Label, Single, arranged
 from perex.capture.carry import JOINS, TRY, Operation, family, tensors_in
 from perex.capture.families.indexing import by_row, one_owner
+from perex.capture.precision import precision
 from perex.rules.call import pack, unpack
 
 FEW = 16
@@ -123,10 +124,8 @@ def same(own: Tensor, alone: Tensor) -> bool:
         return False
     if not own.is_floating_point() and not own.is_complex():
         return torch.equal(own, alone)
-    precision = torch.finfo(own.dtype).eps
-    return torch.allclose(
-        own, alone, rtol=precision**0.75, atol=precision * float(alone.abs().max() or 1), equal_nan=True
-    )
+    finest = precision(own)
+    return torch.allclose(own, alone, rtol=finest**0.75, atol=finest * float(alone.abs().max() or 1), equal_nan=True)
 
 
 TRY.append(tried)

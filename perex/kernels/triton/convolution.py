@@ -1,104 +1,122 @@
 r"""Squared norms of convolutions' weight gradients, $G_b = \sum_p g_{bp} u_{bp}^\top$, patches read where they lie.
 
-An implicit matrix product: patch $u_{bp}$ is a row that exists as indices only, into what the kernel moves over.
+A piece of the gradient is a sum of outer products of pixels, $G_b[:, :, k] = \sum_p g_{bp} x_{b, q_k(p)}^\top$ for a
+place k in the kernel: pixel $q_k(p)$ is under it at position p, or none is. Which it is, a table says, `(K, P)`.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from perex.kernels.geometry import Geometry, measures
+from perex.kernels.geometry import Geometry, patches
+from perex.kernels.products import product
 from perex.kernels.triton.available import precision, widened
-from perex.kernels.triton.tiles import side, step, tiles, warps
-
-SIZES = ["images", "groups", "m", "n", "high", "wide_high", "broad", "wide_broad", "down", "across"]
-OPTIONS = ["step_y", "step_x", "pad_y", "pad_x", "spread_y", "spread_x"]
-STRIDES = [f"{name}_{dim}" for name in ("narrow", "wide") for dim in "brcyx"]
+from perex.kernels.triton.outer import ALIGNED, pair_of, settled
+from perex.kernels.triton.tiles import Tile, channels_tile, gram_tile, tiles
 
 
-@triton.jit(do_not_specialize=[*SIZES, *OPTIONS, *STRIDES])  # else almost every layer would compile its own
+@triton.jit(do_not_specialize=["groups", "down", "across", "places"])
 def direct_kernel(
     narrow: tl.tensor,
     wide: tl.tensor,
+    table: tl.tensor,
+    wanted: tl.tensor,
     out: tl.tensor,
-    images: int,
     groups: int,
+    positions: int,
+    places: int,
     m: int,
     n: int,
-    high: int,
-    broad: int,
-    wide_high: int,
-    wide_broad: int,
-    step_y: int,
-    step_x: int,
-    pad_y: int,
-    pad_x: int,
-    spread_y: int,
-    spread_x: int,
-    narrow_b: tl.int64,
-    narrow_r: int,
-    narrow_c: int,
-    narrow_y: int,
-    narrow_x: int,
-    wide_b: tl.int64,
-    wide_r: int,
-    wide_c: int,
-    wide_y: int,
-    wide_x: int,
+    narrow_b: tl.tensor,
+    narrow_p: tl.tensor,
+    narrow_c: tl.tensor,
+    wide_b: tl.tensor,
+    wide_p: tl.tensor,
     down: int,
     across: int,
-    KERNEL_Y: tl.constexpr,
-    KERNEL_X: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
+    ALL: tl.constexpr,
 ) -> None:
-    r"""$\sum_{ij \in tile} (\sum_p g_{pi} u_{pj})^2$ of one example, group and tile of the weight.
-
-    Row i of the weight is a channel of `narrow`; column j a channel c of `wide` and a place (v, w) in the kernel.
-    """
+    r"""$\sum_{ij \in tile} (\sum_p g_{pi} x_{q(p) j})^2$ of one example, group, place in the kernel and tile."""
     program = tl.program_id(0)
     tile, which = program % (down * across), program // (down * across)
+    place, which = which % places, which // places
     example, group = (which // groups).to(tl.int64), which % groups
+    here = table + place * positions
+    if not ALL:
+        positions = positions * tl.load(wanted + example).to(tl.int32)
     i = (tile // across) * ROWS + tl.arange(0, ROWS)
     j = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
-    c, v, w = j // (KERNEL_Y * KERNEL_X), j // KERNEL_X % KERNEL_Y, j % KERNEL_X
-    channels = n // (KERNEL_Y * KERNEL_X)
-    rows = narrow + example * narrow_b + (group * m + i[:, None]) * narrow_c
-    columns = wide + example * wide_b + (group * channels + c[:, None]) * wide_c
-    y_offset, x_offset = v * spread_y - pad_y, w * spread_x - pad_x
-    positions = images * high * broad
+    rows = narrow + example * narrow_b + (group * m + i)[:, None] * narrow_c
+    columns = wide + example * wide_b + (group * n + j)[None, :]
     gradient = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, positions, STEP):
         p = start + tl.arange(0, STEP)
-        r, y, x = p // (high * broad), p // broad % high, p % broad
-        there = p[None, :] < positions
-        gs = tl.load(
-            rows + (r * narrow_r + y * narrow_y + x * narrow_x)[None, :], mask=(i[:, None] < m) & there, other=0.0
-        )
-        ys = (y * step_y)[None, :] + y_offset[:, None]
-        xs = (x * step_x)[None, :] + x_offset[:, None]
-        inside = (ys >= 0) & (ys < wide_high) & (xs >= 0) & (xs < wide_broad)
-        offsets = (r * wide_r)[None, :] + ys * wide_y + xs * wide_x
-        us = tl.load(columns + offsets, mask=(j[:, None] < n) & there & inside, other=0.0)  # (COLUMNS, STEP)
+        q = tl.load(here + p, mask=p < positions, other=-1)
+        gs = tl.load(rows + p[None, :] * narrow_p, mask=(i[:, None] < m) & (p[None, :] < positions), other=0.0)
+        xs = tl.load(columns + q[:, None] * wide_p, mask=(q[:, None] >= 0) & (j[None, :] < n), other=0.0)
         if WIDEN:
-            gs, us = gs.to(tl.float32), us.to(tl.float32)
-        gradient = tl.dot(gs, tl.trans(us), gradient, input_precision=PRECISION)
+            gs, xs = gs.to(tl.float32), xs.to(tl.float32)
+        gradient = tl.dot(gs, xs, gradient, input_precision=PRECISION)
     tl.store(out + program, tl.sum(gradient * gradient))
 
 
-def direct(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+@triton.jit(do_not_specialize=["positions", "places", "pixels", "count", "pairs"])
+def shifted_kernel(
+    narrow: tl.tensor,
+    wide: tl.tensor,
+    table: tl.tensor,
+    out: tl.tensor,
+    size: tl.tensor,
+    positions: int,
+    places: int,
+    pixels: int,
+    count: int,
+    pairs: int,
+    TILE: tl.constexpr,
+) -> None:
+    r"""$\sum_{ps} N_{ps} \sum_k W_{q_k(p) q_k(s)}$ of a pair of tiles, and of its terms' absolute values."""
+    program = tl.program_id(0)
+    pair, which = program % pairs, (program // pairs).to(tl.int64)
+    i, j = pair_of(pair, count)
+    p, s = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
+    wide += which * pixels * pixels
+    narrow += which * positions * positions
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for place in range(places):
+        one = tl.load(table + place * positions + p, mask=p < positions, other=-1)
+        other = tl.load(table + place * positions + s, mask=s < positions, other=-1)
+        there = (one[:, None] >= 0) & (other[None, :] >= 0)
+        total += tl.load(wide + one[:, None] * pixels + other[None, :], mask=there, other=0.0)
+    there = (p[:, None] < positions) & (s[None, :] < positions)
+    terms = total * tl.load(narrow + p[:, None] * positions + s[None, :], mask=there, other=0.0)
+    times = tl.where(i == j, 1.0, 2.0)
+    tl.store(out + program, times * tl.sum(terms))
+    tl.store(size + program, times * tl.sum(tl.abs(terms)))
+
+
+def direct(
+    x: Tensor, grads: Tensor, geometry: Geometry, wanted: Tensor | None = None, tile: Tile | None = None
+) -> Tensor:
     r"""$\|\sum_p g_p u_p^\top\|^2$, nothing unfolded and each tile of the gradient squared where it was multiplied out.
 
     Args:
-        x: input, `(B, R, C_in, *spatial)` with one or two spatial dimensions, and any strides.
+        x: input, `(B, R, C_in, *spatial)`.
         grads: output gradient, `(B, R, C_out, *spatial')`.
         geometry: the convolution's options.
+        wanted: of which examples, `(B,)` bytes, zero or one; others cost next to nothing, and get any number.
+        tile: how channels are cut.
 
     Returns:
         Tensor `(B,)`, in float32.
@@ -106,35 +124,77 @@ def direct(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     batch, groups = x.shape[0], geometry.groups
     if x.numel() == 0 or grads.numel() == 0:
         return grads.new_zeros(batch, dtype=torch.float32)
-    narrow, wide = (planes(t) for t in ((x, grads) if geometry.transposed else (grads, x)))
-    _, m, n = measures(x.shape, grads.shape, geometry)
-    rows, columns = side(m, x.dtype), side(n, x.dtype)
-    down, across = tiles(m, rows), tiles(n, columns)
-    out = x.new_empty(batch, groups * down * across, dtype=torch.float32)
-    kernel = in_plane(geometry.weight_shape[2:], 1)
-    options = *in_plane(geometry.stride, 1), *in_plane(geometry.padding, 0), *in_plane(geometry.dilation, 1)
+    narrow, wide = (x, grads) if geometry.transposed else (grads, x)
+    narrow, wide = pixels(narrow), pixels(wide).contiguous()  # (B, P, C)
+    if narrow.stride(2) != 1 and (narrow.stride(1) != 1 or narrow.shape[1] % ALIGNED):
+        narrow = narrow.contiguous()  # else it would be read number by number
+    table = pixels_under(geometry, x.shape[1:2] + x.shape[3:], grads.shape[1:2] + grads.shape[3:], x.device)
+    m, n = narrow.shape[2] // groups, wide.shape[2] // groups
+    tile = tile or channels_tile(m, n, x.dtype)
+    down, across, places = tiles(m, tile.rows), tiles(n, tile.columns), table.shape[0]
+    out = x.new_empty(batch, groups * places * down * across, dtype=torch.float32)
     with torch.cuda.device_of(x):
         direct_kernel[(out.numel(),)](
-            narrow, wide, out, narrow.shape[1], groups, m, n, *narrow.shape[3:], *wide.shape[3:], *options,
-            *strides(narrow), *strides(wide), down, across, KERNEL_Y=kernel[0], KERNEL_X=kernel[1],
-            ROWS=rows, COLUMNS=columns, STEP=step(x.dtype), PRECISION=precision(x.dtype), WIDEN=widened(x.dtype),
-            num_warps=warps(rows, columns),
+            narrow, wide, table, wanted, out, groups, table.shape[1],
+            places, m, n, *narrow.stride(), *wide.stride()[:2], down, across,
+            ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.step, PRECISION=precision(x.dtype),
+            WIDEN=widened(x.dtype), ALL=wanted is None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out.sum(1)
 
 
-def in_plane(values: tuple[int, ...], missing: int) -> tuple[int, ...]:
-    """An option of both dimensions of a plane, of which a line lacks the first."""
-    return (missing, *values) if len(values) == 1 else tuple(values)
+def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry, tile: Tile | None = None) -> Tensor:
+    r"""$\sum_{ps} (g_p \cdot g_s) \sum_k x_{q_k(p)} \cdot x_{q_k(s)}$, from the Gram matrices of pixels.
+
+    Args:
+        x: input, `(B, R, C_in, *spatial)`.
+        grads: output gradient, `(B, R, C_out, *spatial')`.
+        geometry: the convolution's options.
+        tile: how positions are cut.
+
+    Returns:
+        Tensor `(B,)`, in float32; multiplied out where terms cancel.
+    """
+    batch, groups = x.shape[0], geometry.groups
+    if x.numel() == 0 or grads.numel() == 0:
+        return grads.new_zeros(batch, dtype=torch.float32)
+    narrow, wide = (
+        t.movedim(1, 2).flatten(2).unflatten(1, (groups, -1))  # (B, G, C / G, P)
+        for t in ((x, grads) if geometry.transposed else (grads, x))
+    )
+    grams = [product(t.mT, t).contiguous() for t in (narrow, wide)]  # (B, G, P, P)
+    table = pixels_under(geometry, x.shape[1:2] + x.shape[3:], grads.shape[1:2] + grads.shape[3:], x.device)
+    positions = table.shape[1]
+    tile = tile or gram_tile(positions, x.dtype)
+    count = tiles(positions, tile.rows)
+    pairs = count * (count + 1) // 2
+    terms = x.new_empty(2, batch, groups * pairs, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        shifted_kernel[(batch * groups * pairs,)](
+            *grams, table, *terms, positions, table.shape[0], wide.shape[3], count, pairs,
+            TILE=tile.rows, num_warps=tile.warps,
+        )  # fmt: skip
+    return settled(terms, lambda wanted: direct(x, grads, geometry, wanted))
 
 
-def planes(images: Tensor) -> Tensor:
-    """`(B, R, C, H, W)`, with elements of an example so near to each other that 32 bits count them."""
-    images = images if images.dim() == 5 else images.unsqueeze(3)
-    reach = sum((size - 1) * stride for size, stride in zip(images.shape[1:], images.stride()[1:], strict=True))
-    return images if reach < 2**31 else images.contiguous()
+def pixels(images: Tensor) -> Tensor:
+    """`(B, R, C, *spatial)` as `(B, P, C)`, all pixels of an example in one dimension."""
+    return images.movedim(2, -1).flatten(1, -2)
 
 
-def strides(images: Tensor) -> list[int]:
-    """Its strides; where a dimension has but one element, its stride leads nowhere and may be anything."""
-    return [stride if size > 1 else 0 for size, stride in zip(images.shape, images.stride(), strict=True)]
+@lru_cache(maxsize=256)
+def pixels_under(geometry: Geometry, inputs: torch.Size, outputs: torch.Size, device: torch.device) -> Tensor:
+    """Which pixel each place in the kernel is over, at each position: `(K, P)`, -1 where it is over none.
+
+    Args:
+        geometry: the convolution's options.
+        inputs: `(R, *spatial)`.
+        outputs: `(R, *spatial')`.
+        device: where to.
+    """
+    narrow, wide = (inputs, outputs) if geometry.transposed else (outputs, inputs)
+    kernel = geometry.weight_shape[2:]
+    alone = replace(geometry, weight_shape=torch.Size((1, 1, *kernel)), groups=1)
+    numbers = torch.arange(1, math.prod(wide) + 1, dtype=torch.int32).reshape(1, wide[0], 1, *wide[1:])
+    found = patches(numbers, torch.Size(narrow[1:]), alone) - 1  # (1, 1, P, K)
+    return found[0, 0].mT.contiguous().to(device)

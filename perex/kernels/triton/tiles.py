@@ -1,6 +1,8 @@
-"""How kernels cut their work into tiles, and what that costs; known without Triton, for plans."""
+"""How kernels cut their work into tiles; known without Triton, for plans."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -12,19 +14,53 @@ LARGEST, LARGEST_PLAIN = 128, 64
 SMALLEST = 16
 """The least side that `tl.dot` takes."""
 
-SLACK, SLACK_PLAIN = 1.0, 2.0
-"""By how much whole tiles are slower than the backend's matrix products; guessed, on no GPU yet measured."""
+
+class Tile(NamedTuple):
+    """How one program's part of a product is cut.
+
+    Attributes:
+        rows: of the product.
+        columns: of the product.
+        step: how much of the dimension that is summed over is read at a time.
+        warps: how many share the work.
+        stages: how many steps are on their way from memory at a time.
+    """
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
 
 
-def side(size: int, dtype: torch.dtype) -> int:
+def side(size: int, largest: int) -> int:
     """The side of tiles that cover a dimension: a power of two."""
-    largest = LARGEST if tensor_cores(dtype) else LARGEST_PLAIN
     return min(largest, max(SMALLEST, 1 << (size - 1).bit_length()))
 
 
-def step(dtype: torch.dtype) -> int:
-    """How much of the dimension that is summed over is read at a time: 128 bytes a row, less without tensor cores."""
-    return 128 // dtype.itemsize if tensor_cores(dtype) else 16
+def direct_tile(m: int, n: int, dtype: torch.dtype) -> Tile:
+    """For `(m, n)` gradients with m at least n."""
+    if not tensor_cores(dtype):
+        return Tile(side(m, LARGEST_PLAIN), side(n, LARGEST_PLAIN), 16, 4, 3)
+    rows, columns = side(m, LARGEST), side(n, 2 * LARGEST if dtype.itemsize == 2 else LARGEST)
+    return Tile(rows, columns, 128 // dtype.itemsize, warps(rows, columns), 3)
+
+
+def gram_tile(positions: int, dtype: torch.dtype) -> Tile:
+    """For pairs of so many positions."""
+    if not tensor_cores(dtype):
+        rows = side(positions, LARGEST_PLAIN)
+        return Tile(rows, rows, 16, 4, 3)
+    rows = side(positions, LARGEST)
+    return Tile(rows, rows, 128 // dtype.itemsize, warps(rows, rows), 3)
+
+
+def channels_tile(m: int, n: int, dtype: torch.dtype) -> Tile:
+    """For `(m, n)` gradients of channels, where positions are looked up before they are read: more is on its way."""
+    if not tensor_cores(dtype):
+        return Tile(side(m, LARGEST_PLAIN), side(n, LARGEST_PLAIN), 16, 4, 3)
+    rows, columns = side(m, LARGEST), side(n, LARGEST)
+    return Tile(rows, columns, 128 // dtype.itemsize, warps(rows, columns), 5)
 
 
 def warps(rows: int, columns: int) -> int:
@@ -37,9 +73,6 @@ def tiles(size: int, side: int) -> int:
     return -(-size // side)
 
 
-def slack(dtype: torch.dtype, *sizes: int) -> float:
-    """By how much products of matrices of these sizes are slower than the backend's, tiles' empty parts counted."""
-    total = SLACK if tensor_cores(dtype) else SLACK_PLAIN
-    for size in sizes:
-        total *= tiles(size, side(size, dtype)) * side(size, dtype) / max(size, 1)
-    return total
+def covered(size: int, side: int) -> int:
+    """How much of a dimension whole tiles cover, what is beyond it included."""
+    return tiles(size, side) * side
