@@ -289,7 +289,7 @@ def test_the_cheapest_way_is_chosen(positions: int, way: str) -> None:
 
 @pytest.mark.parametrize(
     "channels, side, way",
-    [((3, 32), 32, "grouped calls"), ((64, 64), 32, "grouped calls"), ((256, 256), 8, "pixel Gram")],
+    [((3, 32), 32, "unfolded, direct"), ((64, 64), 32, "grouped calls"), ((256, 256), 8, "pixel Gram")],
 )
 def test_the_cheapest_way_of_a_convolution(channels: tuple[int, int], side: int, way: str) -> None:
     into, out = channels

@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import PLACES, check, grid, place
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import perex
+from perex.kernels import blocks, convolution, outer, pixels
+from perex.kernels.geometry import Geometry, weight_gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -149,3 +152,81 @@ def test_no_example():
 def test_one_of_two_parameters_frozen(layer, frozen):
     getattr(layer, frozen).requires_grad_(False)
     check(*place(layer, "later", torch.randn(3, 2, 4, 4)))
+
+
+# Ways to the norms, beside one call for each example
+
+
+@st.composite
+def operands(draw: st.DrawFn, nd: int) -> tuple[Tensor, Tensor, Geometry]:
+    """Several images an example, output gradients and a geometry, with any options that fit together."""
+    turned = draw(st.booleans())
+    options, extra = draw(transposed(nd) if turned else conv(nd))
+    if options.get("padding") in ("same", "valid"):
+        options["padding"] = (0,) * nd
+    options.pop("padding_mode", None)
+    layer = (TRANSPOSED if turned else CONV)[nd](**options).double()
+    batch, rows = draw(st.integers(1, 5)), draw(st.integers(1, 2))
+    longer = draw(st.integers(0, 6)) if nd < 3 else 0
+    x = torch.randn(batch, rows, layer.in_channels, *[size + longer for size in extra], dtype=torch.float64)
+    out = layer(x.flatten(0, 1)).detach()
+    geometry = Geometry(
+        layer.weight.shape, layer.stride, layer.padding, layer.dilation, turned, layer.output_padding, layer.groups
+    )  # fmt: skip
+    return x, torch.randn_like(out).unflatten(0, (batch, rows)), geometry
+
+
+@pytest.mark.parametrize("nd", CONV)
+@pytest.mark.parametrize("shortest", [3, 64], ids=lambda shortest: f"pieces of {shortest}")
+def test_all_ways_to_the_norm(nd, shortest, monkeypatch):
+    monkeypatch.setattr(outer, "SHORTEST", shortest)
+
+    @grid(60)
+    @given(case=operands(nd))
+    def drawn(case):
+        x, grads, geometry = case
+        expected = convolution.call_per_example(*case)
+        plans = convolution.NORMS.plans(x.shape, grads.shape, geometry)
+        assert {"unfolded", "pixel Gram"} < plans.keys()
+        for name in plans:
+            torch.testing.assert_close(convolution.NORMS.ways[name].run(*case), expected, rtol=1e-10, atol=0)
+        found, sizes = pixels.inner_products(*case)  # before those that cancel are computed again
+        assert ((found - expected).abs() <= 1e-13 * sizes).all() and (sizes >= (1 - 1e-9) * found).all()
+
+    drawn()
+
+
+@pytest.mark.parametrize("nd", CONV)
+def test_all_ways_to_multiply_out(nd):
+    @grid(40)
+    @given(case=operands(nd))
+    def drawn(case):
+        x, grads, geometry = case
+        expected = torch.stack([weight_gradient(x[b], grads[b], geometry) for b in range(len(x))])
+        for plan, run in convolution.MULTIPLIED:
+            if plan(x.shape, grads.shape, geometry) is not None:
+                torch.testing.assert_close(torch.cat(list(run(*case))), expected, rtol=1e-10, atol=1e-12)
+        norms, total = convolution.summed(*case)
+        torch.testing.assert_close(norms, expected.flatten(1).square().sum(1), rtol=1e-10, atol=0)
+        torch.testing.assert_close(total, expected.sum(0), rtol=1e-10, atol=1e-12)
+
+    drawn()
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("way", ["unfolded", "pixel Gram"])
+def test_blocks_of_examples(way, stride, monkeypatch):
+    """Whatever the size of a block, the numbers are the same, and so is what the plan says of the operations."""
+    geometry = Geometry(torch.Size((4, 2, 3, 3)), (stride,) * 2, (1, 1), (1, 1), False, (0, 0), 1)
+    x = torch.randn(7, 1, 2, 13, 13, dtype=torch.float64)
+    side = (13 + 2 - 3) // stride + 1
+    grads = torch.randn(7, 1, 4, side, side, dtype=torch.float64)
+    expected = convolution.call_per_example(x, grads, geometry)
+    run = convolution.NORMS.ways[way]
+    for block in (1, 3 * 169**2, 2**24):
+        monkeypatch.setattr(blocks, "BLOCK", block)
+        plan = run.plan(x.shape, grads.shape, geometry)
+        assert plan is not None
+        with FlopCounterMode(display=False) as counter:
+            torch.testing.assert_close(run.run(x, grads, geometry), expected, rtol=1e-10, atol=0)
+        assert counter.get_total_flops() <= plan.flops <= 3 * counter.get_total_flops()

@@ -57,10 +57,10 @@ class Factor(ABC):
 
     def sums_cheaply(self) -> bool:
         """Whether norms and sum are cheaper together, by multiplying out, than each in its own way; on CPUs."""
-        together, norms, product = self.summed_plan(), self.plan(), self.dense_flops() // 2
-        if together is None or norms is None or product < WORTH_SHARING:
+        together, norms = self.summed_plan(), self.plan()
+        if together is None or norms is None or self.dense_flops() // 2 < WORTH_SHARING:
             return False
-        return together.cost < norms.cost + product
+        return together.cost < norms.cost + self.product_cost()
 
     def summed(self) -> Tensor:
         r"""$\sum_b G_b$, if `squared_norm` has left it there, or else multiplied out.
@@ -77,6 +77,10 @@ class Factor(ABC):
     def dense_flops(self) -> int:
         """Operations to multiply out the whole batch."""
         return 0
+
+    def product_cost(self) -> float:
+        """What that costs, in multiply-adds of a large matrix product."""
+        return self.dense_flops() / 2
 
     def merge(self, other: Factor) -> Factor | None:
         """One factor for the sum of both, or None where that is no simpler than keeping two."""

@@ -7,16 +7,24 @@ exchange their roles: *wide* is what the kernel moves over, *narrow* has a row f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from perex.kernels import outer
+from perex.kernels import outer, pixels
 from perex.kernels.blocks import block_size, example_blocks
 from perex.kernels.cancellation import recomputed
 from perex.kernels.folding import folded
-from perex.kernels.geometry import Geometry, measures, options_of, patches, weight_gradient, weight_gradients
+from perex.kernels.geometry import (
+    Geometry,
+    by_group,
+    measures,
+    options_of,
+    patches,
+    weight_gradient,
+    weight_gradients,
+)
 from perex.kernels.gpu import seconds
 from perex.kernels.outer import whole_squares
 from perex.kernels.plan import Plan
@@ -29,11 +37,26 @@ NORMS = Strategies("convolutions")
 """Ways to $\\|G_b\\|^2$, for `x` of shape `(B, R, C_in, *spatial)` and `grads` `(B, R, C_out, *spatial')`, R images an
 example. Their constants were measured on two CPU cores, against a batched weight gradient of the same shapes."""
 
-CALL = 8_000_000
-"""What a backend call for one example costs beside its arithmetic, in multiply-adds."""
+# What follows was measured on two cores of an AMD EPYC of the fifth generation, where oneDNN's convolutions do twice as
+# many operations a second as MKL's matrix products. Elsewhere `attach(autotune=True)` is for those who mind.
 
-SCATTERED, FEW_ENTRIES, FEW_POSITIONS = 350, 2**17, 256
-"""What a call for several examples costs for each entry of the weight, unless these are few and positions many."""
+BACKEND = 0.55
+"""What a multiply-add of the backend's own weight gradient costs, in those of a large matrix product."""
+
+UNBLOCKED = 6
+"""By how much it is slower for several examples at once, if their channels are no multiple of 16."""
+
+LANES = 16
+"""Channels that the backend's kernels work on together."""
+
+CALL, GROUPED_CALL = 6_000_000, 8_000_000
+"""What a backend call for one or for several examples costs beside its arithmetic, in multiply-adds."""
+
+FRESH = 2
+"""By how much less than a block patches take: memory that is new to the process costs more than copying into it."""
+
+NARROW = 48
+"""Matrix products with a side that is shorter take longer, and twice as long if neither is a multiple of `LANES`."""
 
 LENGTHWISE = {"half": 0.6, "TF32": 0.6, "float32": 0.4}
 """What part of a large product's speed a Triton kernel reaches where positions are next to each other."""
@@ -74,47 +97,136 @@ def _multiplied_out(x: torch.Size, grads: torch.Size, geometry: Geometry) -> tup
 
 def _calls(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
     _, entries, flops = _multiplied_out(x, grads, geometry)
-    return Plan("call per example", flops, entries, x[0] * entries, 1.0, x[0] * CALL)
+    return Plan("call per example", flops, entries, 3 * x[0] * entries, 1.05 * BACKEND, x[0] * CALL)
+
+
+def one_by_one(x: Tensor, grads: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    """$G_b$ of one example after the other, `(1, *weight_shape)`, each by a call of the backend."""
+    yield from (weight_gradient(x[b], grads[b], geometry).unsqueeze(0) for b in range(len(x)))
 
 
 @NORMS.way("call per example", _calls)
 def call_per_example(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     """$G_b$ multiplied out by one call of the backend for each example."""
-    gradients = (weight_gradient(x[b], grads[b], geometry) for b in range(x.shape[0]))
-    return torch.cat([whole_squares(gradient.unsqueeze(0)) for gradient in gradients])
+    return torch.cat([whole_squares(gradient) for gradient in one_by_one(x, grads, geometry)])
 
 
 def _grouped(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
-    positions, entries, flops = _multiplied_out(x, grads, geometry)
-    block = block_size(x[0], entries)
-    few = entries <= FEW_ENTRIES and positions >= FEW_POSITIONS
-    calls = x[0] * entries * (0 if few else SCATTERED) + -(-x[0] // block) * CALL
-    return Plan("grouped calls", flops, block * entries, 2 * x[0] * entries, 1.1, calls) if x[0] > 1 else None
+    if x[0] == 1:
+        return None
+    _, rows, columns = measures(x, grads, geometry)
+    _, entries, flops = _multiplied_out(x, grads, geometry)
+    block, kernel = block_size(x[0], entries), math.prod(geometry.weight_shape[2:])
+    blocked = rows % LANES == columns // kernel % LANES == 0
+    slack = 1.1 * BACKEND * (1 if blocked else UNBLOCKED) * (2 if kernel == 1 else 1)
+    moved = 4 * x[0] * entries + (x.numel() + grads.numel()) // 2  # brought into the order of the backend's kernels
+    return Plan("grouped calls", flops, block * entries, moved, slack, -(-x[0] // block) * GROUPED_CALL)
+
+
+def several_at_once(x: Tensor, grads: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    """$G_b$ of several examples, `(b, *weight_shape)`, from one call of the backend; each is a group of channels."""
+    for i, j in example_blocks(len(x), geometry.weight_shape.numel()):
+        yield weight_gradients(x[i:j], grads[i:j], *options_of(geometry))
 
 
 @NORMS.way("grouped calls", _grouped)
 def grouped_calls(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     """$G_b$ of several examples in one call of the backend, each example a group of channels."""
-    parts = []
-    for i, j in example_blocks(x.shape[0], math.prod(geometry.weight_shape)):
-        gradients = weight_gradients(x[i:j], grads[i:j], *options_of(geometry))
-        parts.append(whole_squares(gradients))
-    return torch.cat(parts)
+    return torch.cat([whole_squares(gradients) for gradients in several_at_once(x, grads, geometry)])
+
+
+def _unfolded(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
+    inner = _of_patches(x, grads, geometry)
+    found = _patches_multiplied(x, grads, geometry)
+    if inner.way != "direct":
+        found = _with_patches(x, grads, geometry, inner)
+    return found._replace(way=f"unfolded, {inner.way}")
+
+
+def _of_patches(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
+    """What `perex.kernels.outer` does with patches that are unfolded."""
+    positions, rows, columns = measures(x, grads, geometry)
+    stacked = torch.Size((x[0], geometry.groups, positions))
+    return outer.plan(torch.Size((*stacked, rows)), torch.Size((*stacked, columns)))
+
+
+def _with_patches(x: torch.Size, grads: torch.Size, geometry: Geometry, product: Plan) -> Plan:
+    """What a product of output gradients and patches costs along with copying these, a few examples at a time."""
+    positions, rows, columns = measures(x, grads, geometry)
+    entries = geometry.groups * positions * columns
+    runs = 1 if geometry.stride[-1] == 1 else 3  # pixel by pixel, where they are not neighbours
+    return product._replace(
+        elements=product.elements + block_size(x[0], FRESH * entries) * entries,
+        moved=product.moved + runs * x[0] * entries,
+        slack=1.1 if min(rows, columns) >= NARROW else 1.5 if 0 in (rows % LANES, columns % LANES) else 2.2,
+    )
+
+
+def rows_and_patches(x: Tensor, grads: Tensor, geometry: Geometry) -> Iterator[tuple[Tensor, Tensor]]:
+    """What goes with each place of the kernel, `(b, G, T, m)`, and the patch under it, `(b, G, T, n)`."""
+    narrow, wide = (x, grads) if geometry.transposed else (grads, x)
+    positions, columns = narrow.shape[1] * math.prod(narrow.shape[3:]), math.prod(geometry.weight_shape[1:])
+    for i, j in example_blocks(len(x), FRESH * geometry.groups * positions * columns):
+        rows = by_group(narrow[i:j], geometry.groups).flatten(2, -2)
+        yield rows, patches(wide[i:j], narrow.shape[3:], geometry)
+
+
+@NORMS.way("unfolded", _unfolded)
+def unfolded(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    r"""$\|\sum_p g_p u_p^\top\|^2$ with the patches unfolded, a few examples at a time; see `perex.kernels.outer`."""
+    if _of_patches(x.shape, grads.shape, geometry).way == "direct":
+        return torch.cat([whole_squares(gradients) for gradients in patches_multiplied(x, grads, geometry)])
+    return torch.cat([outer.squared_norm(*both) for both in rows_and_patches(x, grads, geometry)])
+
+
+@NORMS.way("pixel Gram", pixels.plan)
+def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    r"""$\sum_{pq} (g_p \cdot g_q)(u_p \cdot u_q)$, with the inner products of patches from those of pixels."""
+    totals, sizes = pixels.inner_products(x, grads, geometry)
+    return recomputed(totals, sizes, lambda b: call_per_example(x[b], grads[b], geometry))
+
+
+def _patches_multiplied(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
+    positions, rows, columns = measures(x, grads, geometry)
+    _, entries, flops = _multiplied_out(x, grads, geometry)
+    several = block_size(x[0], max(entries, FRESH * geometry.groups * positions * columns))
+    return _with_patches(x, grads, geometry, Plan("unfolded", flops, several * entries, x[0] * entries))
+
+
+def patches_multiplied(x: Tensor, grads: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    """$G_b$ of some examples, `(b, *weight_shape)`, from unfolded patches."""
+    for rows, columns in rows_and_patches(x, grads, geometry):
+        step = block_size(len(x), geometry.weight_shape.numel())
+        for one, other in zip(rows.split(step), columns.split(step), strict=True):
+            yield product_of(one, other).reshape(-1, *geometry.weight_shape)
+
+
+def product_of(rows: Tensor, columns: Tensor) -> Tensor:
+    """$\\sum_t r_t c_t^\\top$, of `(b, G, T, m)` and `(b, G, T, n)`; by way of its transpose where that is faster."""
+    if columns.shape[-1] % LANES and rows.shape[-1] % LANES == 0:
+        return (columns.mT @ rows).mT
+    return rows.mT @ columns
+
+
+Multiplied = Callable[[Tensor, Tensor, Geometry], Iterator[Tensor]]
+
+MULTIPLIED: list[tuple[Callable[..., Plan | None], Multiplied]] = [
+    (_calls, one_by_one),
+    (_grouped, several_at_once),
+    (_patches_multiplied, patches_multiplied),
+]
+"""Ways to $G_b$ itself, of some examples after the other, with their plans."""
+
+
+def cheapest(x: torch.Size, grads: torch.Size, geometry: Geometry) -> tuple[Plan, Multiplied]:
+    """The way to $G_b$ that is taken with tensors of these shapes, and what it costs."""
+    plans = [(way(x, grads, geometry), run) for way, run in MULTIPLIED]
+    return min(((plan, run) for plan, run in plans if plan is not None), key=lambda found: found[0].cost)
 
 
 def in_blocks(x: Tensor, grads: Tensor, geometry: Geometry) -> Iterator[Tensor]:
-    """$G_b$ of some examples after the other, `(b, *weight_shape)`, in the cheaper of the two ways above."""
-    if cheaper_one_by_one(x.shape, grads.shape, geometry):
-        yield from (weight_gradient(x[b], grads[b], geometry).unsqueeze(0) for b in range(x.shape[0]))
-        return
-    for i, j in example_blocks(x.shape[0], math.prod(geometry.weight_shape)):
-        yield weight_gradients(x[i:j], grads[i:j], *options_of(geometry))
-
-
-def cheaper_one_by_one(x: torch.Size, grads: torch.Size, geometry: Geometry) -> bool:
-    """Whether a call of the backend for each example costs less than one for several."""
-    several = _grouped(x, grads, geometry)
-    return several is None or _calls(x, grads, geometry).cost <= several.cost
+    """$G_b$ of some examples after the other, `(b, *weight_shape)`."""
+    return cheapest(x.shape, grads.shape, geometry)[1](x, grads, geometry)
 
 
 def multiplied_out(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
@@ -126,10 +238,8 @@ def multiplied_out(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
 
 def summed_plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
     """What `summed` costs with tensors of these shapes."""
-    plan = _calls(x, grads, geometry)
-    if not cheaper_one_by_one(x, grads, geometry):
-        plan = _grouped(x, grads, geometry) or plan
-    return plan._replace(way=f"{plan.way}, with the sum", moved=2 * plan.moved)
+    plan, _ = cheapest(x, grads, geometry)
+    return plan._replace(way=f"{plan.way}, with the sum", moved=plan.moved + x[0] * geometry.weight_shape.numel())
 
 
 def summed(x: Tensor, grads: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -139,108 +249,6 @@ def summed(x: Tensor, grads: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor
         norms.append(whole_squares(gradients))
         total += gradients[0] if len(gradients) == 1 else gradients.sum(0)
     return torch.cat(norms), total
-
-
-def _unfolded(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
-    batch, groups = x[0], geometry.groups
-    positions, rows, columns = measures(x, grads, geometry)
-    inner = outer.plan(torch.Size((batch, groups, positions, rows)), torch.Size((batch, groups, positions, columns)))
-    entries = groups * positions * columns
-    elements = inner.elements + block_size(batch, entries) * entries
-    return Plan(f"unfolded, {inner.way}", inner.flops, elements, inner.moved + 2 * batch * entries, 1.3, inner.calls)
-
-
-@NORMS.way("unfolded", _unfolded)
-def unfolded(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
-    r"""$\|\sum_p g_p u_p^\top\|^2$ with the patches unfolded, a few examples at a time; see `perex.kernels.outer`."""
-    narrow, wide = (x, grads) if geometry.transposed else (grads, x)
-    positions, columns = narrow.shape[1] * math.prod(narrow.shape[3:]), math.prod(geometry.weight_shape[1:])
-    parts = []
-    for i, j in example_blocks(x.shape[0], geometry.groups * positions * columns):
-        left = by_group(narrow[i:j], geometry.groups).flatten(2, -2)  # (b, G, T, m)
-        parts.append(outer.squared_norm(left, patches(wide[i:j], narrow.shape[3:], geometry)))
-    return torch.cat(parts)
-
-
-def by_group(images: Tensor, groups: int) -> Tensor:
-    """`(b, R, C, *spatial)` as `(b, G, R, *spatial, C / G)`."""
-    return images.unflatten(2, (groups, -1)).movedim(2, 1).movedim(3, -1)
-
-
-def _pixel_gram(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
-    narrow, wide = (x, grads) if geometry.transposed else (grads, x)
-    pixels, places = wide[1] * math.prod(wide[3:]), narrow[1] * math.prod(narrow[3:])
-    products = geometry.groups * (pixels**2 * (wide[2] // geometry.groups) + places**2 * (narrow[2] // geometry.groups))
-    kernel, shifts = geometry.weight_shape[2:], 0
-    sides, now = list(wide[3:]), wide[1] ** 2 * math.prod(wide[3:]) ** 2
-    for axis, (size, place) in enumerate(zip(kernel, narrow[3:], strict=True)):
-        now = now // sides[axis] ** 2 * place**2
-        shifts += size * now if size > 1 else 0
-    largest = geometry.groups * max(pixels, places) ** 2
-    block = block_size(x[0], largest) * largest
-    moved = geometry.groups * (pixels**2 + shifts + 2 * places**2) * x[0]
-    return Plan("pixel Gram", x[0] * (2 * products + geometry.groups * (shifts + 2 * places**2)), 3 * block, moved, 1.1)
-
-
-@NORMS.way("pixel Gram", _pixel_gram)
-def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
-    r"""$\sum_{pq} (g_p \cdot g_q)(u_p \cdot u_q)$, with $u_p \cdot u_q = \sum_k x_{p+k} \cdot x_{q+k}$.
-
-    The Gram matrix of pixels is shifted along both of its sides and added up, one spatial dimension after the other:
-    the size of the kernel times channels never appears.
-    """
-    narrow, wide = (x, grads) if geometry.transposed else (grads, x)
-    spatial = wide.dim() - 3
-    pixels, places = wide.shape[1] * math.prod(wide.shape[3:]), narrow.shape[1] * math.prod(narrow.shape[3:])
-    totals, sizes = [], []
-    for i, j in example_blocks(x.shape[0], geometry.groups * max(pixels, places) ** 2):
-        rows, columns = by_group(narrow[i:j], geometry.groups), by_group(wide[i:j], geometry.groups)
-        flat = columns.flatten(2, -2)
-        grams = (flat @ flat.mT).reshape(*columns.shape[:-1], *columns.shape[2:-1])  # (b, G, R, *S, R, *S)
-        for axis in range(spatial):
-            grams = shifted(grams, 3 + axis, 4 + spatial + axis, narrow.shape[3 + axis], geometry, axis)
-        flat = rows.flatten(2, -2)
-        product = (flat @ flat.mT).mul_(grams.reshape(*flat.shape[:3], flat.shape[2]))  # (b, G, T, T)
-        totals.append(product.sum((1, 2, 3)))
-        sizes.append(torch.linalg.vector_norm(product, 1, dim=(1, 2, 3)))
-    return recomputed(torch.cat(totals), torch.cat(sizes), lambda b: call_per_example(x[b], grads[b], geometry))
-
-
-def shifted(grams: Tensor, one: int, other: int, places: int, geometry: Geometry, axis: int) -> Tensor:
-    r"""$\sum_k M[ps + k, qs + k]$ along two dimensions, which stand for the same spatial one; zero outside.
-
-    Args:
-        grams: products of pixels.
-        one: a dimension of it, of pixels.
-        other: the other one.
-        places: how many places the kernel takes.
-        geometry: the convolution's options.
-        axis: which of the spatial dimensions it is.
-
-    Returns:
-        The same, with places in these dimensions.
-    """
-    size, step = geometry.weight_shape[2 + axis], geometry.stride[axis]
-    pixels = grams.shape[one]
-    if size == 1 and step == 1 and not geometry.padding[axis] and pixels == places:
-        return grams
-    shape = [places if dim in (one, other) else n for dim, n in enumerate(grams.shape)]
-    total = grams.new_zeros(shape)
-    for k in range(size):
-        offset = k * geometry.dilation[axis] - geometry.padding[axis]
-        first = max(0, -(offset // step))  # the first place at which the pixel exists
-        last = min(places - 1, (pixels - 1 - offset) // step)
-        count = last - first + 1
-        if count <= 0:
-            continue
-        start = first * step + offset
-        source = grams
-        for dim in (one, other):
-            source = source.narrow(dim, start, (count - 1) * step + 1)
-            if step > 1:
-                source = source[(slice(None),) * dim + (slice(None, None, step),)]
-        total.narrow(one, first, count).narrow(other, first, count).add_(source)
-    return total
 
 
 def _product(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:

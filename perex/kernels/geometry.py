@@ -130,6 +130,11 @@ def measures(x: torch.Size, grads: torch.Size, geometry: Geometry) -> tuple[int,
     return narrow[1] * math.prod(narrow[3:]), rows, columns
 
 
+def by_group(images: Tensor, groups: int) -> Tensor:
+    """`(b, R, C, *spatial)` as `(b, G, R, *spatial, C / G)`."""
+    return images.unflatten(2, (groups, -1)).movedim(2, 1).movedim(3, -1)
+
+
 def patches(wide: Tensor, places: torch.Size, geometry: Geometry) -> Tensor:
     """The patch under each place of the kernel.
 
@@ -139,13 +144,18 @@ def patches(wide: Tensor, places: torch.Size, geometry: Geometry) -> Tensor:
         geometry: the convolution's options.
 
     Returns:
-        Tensor `(b, G, T, n)`, with T the places of all R rows and n the columns of the weight.
+        Tensor `(b, G, T, n)`, with T the places of all R rows and n the columns of the weight. In a CPU's memory the
+        places of one column are neighbours, as pixels of the image are: copied in runs, not one by one.
     """
     kernel = geometry.weight_shape[2:]
-    padded = F.pad(wide, [side for size in reversed(geometry.padding) for side in (size, size)])
+    if any(geometry.padding):
+        wide = F.pad(wide, [side for size in reversed(geometry.padding) for side in (size, size)])
     for axis, (size, step, spread, count) in enumerate(
         zip(kernel, geometry.stride, geometry.dilation, places, strict=True), start=3
     ):
-        padded = padded.unfold(axis, spread * (size - 1) + 1, step).narrow(axis, 0, count)[..., ::spread]
-    grouped = padded.unflatten(2, (geometry.groups, -1)).movedim(2, 1)  # (b, G, R, C/G, *places, *kernel)
-    return grouped.movedim(3, 3 + len(kernel)).flatten(3 + len(kernel)).flatten(2, -2)
+        wide = wide.unfold(axis, spread * (size - 1) + 1, step).narrow(axis, 0, count)[..., ::spread]
+    grouped = wide.unflatten(2, (geometry.groups, -1)).movedim(1, 3)  # (b, G, C/G, R, *places, *kernel)
+    if wide.is_cuda:
+        return grouped.movedim(2, 3 + len(kernel)).flatten(3 + len(kernel)).flatten(2, -2)
+    columns = grouped.movedim(tuple(range(-len(kernel), 0)), tuple(range(3, 3 + len(kernel))))
+    return columns.flatten(2, 2 + len(kernel)).flatten(3).mT
