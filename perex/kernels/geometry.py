@@ -73,8 +73,7 @@ def convolved(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     )
 
 
-@torch.library.custom_op("perex::weight_gradients", mutates_args=())
-def weight_gradients(
+def _weight_gradients(
     x: Tensor,
     grad: Tensor,
     weight_shape: Sequence[int],
@@ -86,8 +85,6 @@ def weight_gradients(
     groups: int,
 ) -> Tensor:
     """Each example's gradient of a convolution's weight, all from one grouped convolution.
-
-    It is an operator of its own so that operations are counted right: torch's formula for convolutions has no groups.
 
     Args:
         x: input, `(B, R, C_in, *spatial)`.
@@ -109,6 +106,17 @@ def weight_gradients(
     inputs, outputs = (t.transpose(0, 1).flatten(1, 2) for t in (x, grad))  # (R, B * C, *spatial)
     found = weight_gradient(inputs, outputs, geometry.of_several(x.shape[0]))
     return found.reshape(x.shape[0], *weight_shape)
+
+
+OPERATORS = torch.library.Library("perex", "DEF")  # its operators go when it goes
+OPERATORS.define(
+    "weight_gradients(Tensor x, Tensor grad, int[] weight_shape, int[] stride, int[] padding, int[] dilation, "
+    "bool transposed, int[] output_padding, int groups) -> Tensor"
+)
+OPERATORS.impl("weight_gradients", _weight_gradients, "CompositeExplicitAutograd")
+weight_gradients = torch.ops.perex.weight_gradients
+"""`_weight_gradients` as an operator of its own, so that operations are counted right: torch's formula for convolutions
+has no groups. (`torch.library.custom_op` would import the compiler when it is first run: 800 modules, 50 MB.)"""
 
 
 def options_of(geometry: Geometry) -> tuple[Any, ...]:
