@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from perex.capture.axis import Single
+from perex.capture.axis import Held, Single
 from perex.capture.outputs import Output
 from perex.capture.suspects import SINK
 from perex.errors import ExamplesMixError
@@ -36,19 +37,20 @@ def check_losses(losses: Tensor, outputs: Sequence[Output], batch: int, first: i
     if not edges or len(losses) < first + batch or len(losses) < 2:
         return
     numbers = torch.arange(len(losses), device=losses.device)
-    plain = pulled(losses, edges, torch.ones_like(losses))
-    half = any(grad is not None and grad.dtype.itemsize < 4 for grad in plain)
+    grads = pulled(losses, edges, torch.ones_like(losses))
+    half = any(grad is not None and grad.dtype.itemsize < 4 for grad in grads)
+    plain = [digest(grad, output.axis, batch) for grad, output in zip(grads, outputs, strict=True)]
+    del grads  # as large as the outputs
     bits = 1 if half or losses.dtype.itemsize < 4 else 5  # of a digit: half precision has no room for more
     for shift in range(0, (len(losses) - 1).bit_length(), bits):
         weights = 2 ** (numbers >> shift & (2**bits - 1))
         own = weights[first : first + batch]
         for grad, once, output in zip(pulled(losses, edges, weights.to(losses)), plain, outputs, strict=True):
-            axis = output.axis
-            if grad is None or once is None or grad.numel() == 0:
+            found, axis = digest(grad, output.axis, batch), output.axis
+            if found is None or once is None:
                 continue
             whose = slice(axis.example, axis.example + 1) if isinstance(axis, Single) else slice(0, batch)
-            found, single = (axis.front(part, batch).flatten(1) for part in (grad.unsqueeze(-1), once.unsqueeze(-1)))
-            example = first_unlike(found, single, own[whose].to(once))
+            example = first_unlike(found, once, own[whose])
             if example is not None:
                 example += whose.start or 0
                 raise ExamplesMixError(
@@ -58,16 +60,47 @@ def check_losses(losses: Tensor, outputs: Sequence[Output], batch: int, first: i
                 )
 
 
-def first_unlike(found: Tensor, once: Tensor, weights: Tensor) -> int | None:
-    """The first row of `found`, `(B, n)`, that is not `once` times the row's weight; a few rows at a time."""
-    for i, j in example_blocks(len(found), found.shape[1]):
-        expected = once[i:j] * weights[i:j].unsqueeze(1)
-        slack = 8 * torch.finfo(found.dtype).eps * expected.abs().amax(1, keepdim=True).nan_to_num()
-        close = (found[i:j] - expected).abs() <= slack
-        same = close | (found[i:j] == expected) | (found[i:j].isnan() & expected.isnan())
-        if not bool(same.all()):
-            return i + int((~same).any(1).nonzero()[0])
-    return None
+RUN = 64
+"""How many neighbours in an example's gradient are added up, with random signs, before two gradients are compared."""
+
+
+class Digest(NamedTuple):
+    """What two gradients of an output are compared by.
+
+    Attributes:
+        sums: of runs of each example's numbers, with random signs, and the numbers after the last whole run, `(B, k)`.
+        size: the largest sum of a run's absolute values, `(B, 1)`.
+        eps: what the gradient's numbers resolve.
+    """
+
+    sums: Tensor
+    size: Tensor
+    eps: float
+
+
+def digest(grad: Tensor | None, axis: Held, batch: int) -> Digest | None:
+    """A gradient in a sixty-fourth of its size; None of one that is not there, or empty."""
+    if grad is None or grad.numel() == 0:
+        return None
+    rows = axis.front(grad.unsqueeze(-1), batch).flatten(1)  # (B, n)
+    rows = rows.float() if rows.dtype.itemsize < 4 else rows
+    whole = rows.shape[1] // RUN * RUN
+    signs = (torch.randint(2, (RUN,), generator=torch.Generator().manual_seed(0)) * 2 - 1).to(rows)
+    sums, sizes = [], []
+    for i, j in example_blocks(len(rows), rows.shape[1]):
+        runs, rest = rows[i:j, :whole].unflatten(1, (-1, RUN)), rows[i:j, whole:]
+        sums.append(torch.cat([runs @ signs, rest], 1))
+        sizes.append(torch.cat([torch.linalg.vector_norm(runs, 1, 2), rest.abs()], 1).amax(1, keepdim=True))
+    return Digest(torch.cat(sums), torch.cat(sizes), torch.finfo(grad.dtype).eps)
+
+
+def first_unlike(found: Digest, once: Digest, weights: Tensor) -> int | None:
+    """The first example whose gradient is not its weight times what it was under weights of one."""
+    own = weights.to(once.sums).unsqueeze(1)
+    expected = once.sums * own
+    close = (found.sums - expected).abs() <= 8 * once.eps * (once.size * own).nan_to_num()
+    same = close | (found.sums == expected) | (found.sums.isnan() & expected.isnan())
+    return None if bool(same.all()) else int((~same).any(1).nonzero()[0])
 
 
 def pulled(losses: Tensor, edges: Sequence[GradientEdge], weights: Tensor) -> tuple[Tensor | None, ...]:
