@@ -12,11 +12,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from perex.kernels.triton import convolution, outer, rows
+from perex.kernels.triton import affine, convolution, outer, rows
 from perex.kernels.triton.tiles import LARGEST, LARGEST_PLAIN
 
-READ = ("left", "right", "narrow", "wide", "grads")
-UNIT = ("left_m", "right_n", "grads_d", "narrow_c")
+READ = ("left", "right", "narrow", "wide", "grads", "x")
+WRITTEN = ("out", "size", "mean", "inverse", "weight", "bias", "terms", "values")
+POINTERS = {"order": "*i64", "counts": "*i64", "table": "*i32", "wanted": "*u8", "doubts": "*u8"}
+UNIT = ("left_m", "right_n", "grads_d", "narrow_c", "x_p", "grads_p", "x_d")
+
+
+PRODUCTS = (outer.direct_kernel, outer.gram_kernel, convolution.direct_kernel)
+OTHERS = (
+    outer.settling_kernel, convolution.shifted_kernel, rows.segments_kernel, affine.planes_kernel, affine.rows_kernel,
+)  # fmt: skip
 
 
 def compiled(kernel: Any, dtype: str, capability: int, **constants: Any) -> Any:
@@ -27,8 +35,7 @@ def compiled(kernel: Any, dtype: str, capability: int, **constants: Any) -> Any:
             signature[name], values[place,] = "constexpr", constants.get(name, 1)
             continue
         assert not (parameter.annotation_type and name[-2:-1] == "_"), "Triton would not look at this stride"
-        pointer = {"out": "*fp32", "size": "*fp32", "order": "*i64", "counts": "*i64", "table": "*i32", "wanted": "*u8"}
-        pointer |= dict.fromkeys(READ, f"*{dtype}")
+        pointer = POINTERS | dict.fromkeys(READ, f"*{dtype}") | dict.fromkeys(WRITTEN, "*fp32")
         signature[name] = pointer.get(name) or parameter.annotation_type or "i32"
         if not parameter.do_not_specialize:
             attributes[place,] = [["tt.divisibility", 16]]
@@ -43,17 +50,9 @@ def main(capability: int) -> None:
         ("fp32", "ieee", LARGEST_PLAIN, 16),
         ("fp32", "tf32", LARGEST, 32),
     ):
-        constants = {
-            "ALL": False,
-            "ROWS": side,
-            "COLUMNS": side,
-            "TILE": side,
-            "STEP": step,
-            "PRECISION": precision,
-            "WIDEN": False,
-        }
-        constants |= {"AT_ONCE": rows.AT_ONCE}
-        for kernel in (outer.direct_kernel, outer.gram_kernel, convolution.direct_kernel, rows.segments_kernel):
+        constants = {"ROWS": side, "COLUMNS": side, "TILE": side, "STEP": step, "PRECISION": precision, "WIDEN": False}
+        constants |= {"ALL": False, "AT_ONCE": rows.AT_ONCE, "PLANES": 8, "CENTRED": True}
+        for kernel in (*PRODUCTS, *OTHERS):
             found = compiled(kernel, dtype, capability, **constants)
             name = precision if precision == "tf32" else dtype
             print(kernel.__name__, name, found.metadata.shared, "mma" in found.asm["ptx"])

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 import perex
 from perex.factors import Outer, Patches, Rows
 from perex.factors.outline import outline
-from perex.kernels import outer, segments
+from perex.kernels import affine, outer, segments
 from perex.kernels.geometry import Geometry
 from perex.kernels.spot import Spot, at
 from perex.kernels.strategies import Preferences, preferring
+from perex.kernels.triton import affine as fused_affine
 from perex.kernels.triton import convolution as fused_convolution
 from perex.kernels.triton import outer as fused
 from perex.kernels.triton import rows as fused_rows
@@ -91,13 +92,6 @@ def test_some_examples_alone(dtype):
     close(found[own], by_backend(swapped)[own])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_whole_gram(dtype):
-    left, right = torch.randn(3, 2, 21, 18).to(dtype), torch.randn(3, 2, 21, 7).to(dtype)
-    left[1, :, 1:], right[1, :, 1:] = left[1, :, :1], -right[1, :, :1] / 25  # terms that cancel
-    close(outer.whole_gram(left, right), multiplied_out(left, right))
-
-
 def strided() -> dict[str, tuple[Tensor, Tensor]]:
     left, right = torch.randn(2, 2, 21, 18), torch.randn(2, 2, 21, 7)
     wide = torch.randn(5, 3, 50, 40)
@@ -159,6 +153,7 @@ GEOMETRIES = {
     "line, groups": ((6, 2, 3), (1,), (2,), (1,), False, (0,), 2, (5,)),
     "transposed": ((4, 3, 3, 2), (2, 3), (1, 0), (1, 2), True, (1, 0), 2, (4, 3)),
     "line, transposed": ((4, 3, 3), (2,), (1,), (1,), True, (1,), 1, (5,)),
+    "many channels": ((18, 17, 3, 2), (1, 2), (1, 0), (1, 1), False, (0, 0), 1, (6, 7)),
     "space": ((3, 2, 2, 3, 2), (1, 2, 1), (1, 1, 0), (1, 1, 2), False, (0, 0, 0), 1, (3, 5, 4)),
     "space, transposed": ((4, 2, 2, 3, 2), (1, 2, 1), (1, 1, 0), (1, 1, 2), True, (0, 1, 0), 2, (3, 2, 4)),
 }
@@ -229,6 +224,45 @@ def test_no_image():
         for form in CONVOLUTIONS:
             found = form(torch.ones(batch, rows, 3, 7, 6), torch.ones(batch, rows, 5, 5, 4), geometry)
             assert torch.equal(found, torch.zeros(batch))
+
+
+# Planes
+
+PLANES = {
+    "images": (3, 1, 5, 4, 7),
+    "several images": (2, 3, 5, 4, 7),
+    "lines": (2, 1, 40, 70),
+    "no space": (3, 1, 20),
+    "large": (1, 1, 2, 40, 41),
+}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PLANES)
+def test_planes(name, dtype, last):
+    x, grads = torch.randn(PLANES[name]).to(dtype), torch.randn(PLANES[name]).to(dtype)
+    if last:
+        x, grads = (t.movedim(2, -1).contiguous().movedim(-1, 2) for t in (x, grads))
+    mean, variance = torch.randn(x.shape[2]), torch.rand(x.shape[2]) + 0.5
+    found = fused_affine.plane_sums(x, grads, mean, variance, 1e-5)
+    numbers = (t.double() for t in (x, grads, mean, variance))
+    for one, other in zip(found, affine.by_backend(*numbers, 1e-5), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 7, 20), (2, 1, 5), (2, 40, 64), (1, 3, 1)])
+def test_normalised_rows(shape, dtype, centred):
+    x, grads = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    wide, given = x.double(), grads.double()
+    size = wide.var(2, correction=0, keepdim=True) if centred else wide.square().mean(2, keepdim=True)
+    normalised = (wide - wide.mean(2, keepdim=True) * centred) * (size + 1e-5).rsqrt()
+    for view in (lambda t: t, lambda t: t.mT.contiguous().mT):
+        weight, bias = fused_affine.row_sums(view(x), view(grads), 1e-5, centred)
+        torch.testing.assert_close(weight.double(), (given * normalised).sum(1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(bias.double(), given.sum(1), rtol=1e-5, atol=1e-5)
 
 
 # Rows of a table

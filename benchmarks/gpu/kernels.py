@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from perex.kernels import convolution, outer  # noqa: E402
 from perex.kernels.geometry import Geometry, weight_gradient  # noqa: E402
+from perex.kernels.products import product  # noqa: E402
 from perex.kernels.spot import Spot, at  # noqa: E402
 from perex.kernels.triton.tiles import Tile  # noqa: E402
 
@@ -109,6 +110,12 @@ def padded(x: Tensor) -> Tensor:
     return found
 
 
+def whole_gram(left: Tensor, right: Tensor) -> Tensor:
+    """Both Gram matrices by the backend, multiplied and added up: what `Triton Gram` competes with."""
+    terms = product(left, left.mT).mul_(product(right, right.mT)).flatten(1)
+    return terms.sum(1) + 0 * torch.linalg.vector_norm(terms, 1, dim=1)
+
+
 def outer_ways(left: Tensor, right: Tensor, tuned: bool = True) -> Iterator[tuple[str, Way]]:
     """Ways for `(B, 1, T, m)` and `(B, 1, T, n)`."""
     from perex.kernels.triton import outer as fused
@@ -116,11 +123,11 @@ def outer_ways(left: Tensor, right: Tensor, tuned: bool = True) -> Iterator[tupl
     if tuned:
         yield "plain", lambda: left.flatten(0, 2).T @ right.flatten(0, 2)
         yield "direct", lambda: outer.direct(left, right)
-        yield "whole Gram", lambda: outer.whole_gram(left, right)
+        yield "whole Gram", lambda: whole_gram(left, right)
         if left.shape[3] % 8:
             yield "padding alone", lambda: padded(left)
             yield "direct, padded", lambda: outer.direct(padded(left), right)
-            yield "whole Gram, padded", lambda: outer.whole_gram(padded(left), right)
+            yield "whole Gram, padded", lambda: whole_gram(padded(left), right)
     for tile in DIRECT[left.dtype]:
         yield named("Triton direct", tile), lambda tile=tile: fused.direct(left, right, tile=tile)
     for tile in GRAM[left.dtype]:

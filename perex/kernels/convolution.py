@@ -15,6 +15,7 @@ from torch import Tensor
 from perex.kernels import outer, pixels
 from perex.kernels.blocks import block_size, example_blocks
 from perex.kernels.cancellation import recomputed
+from perex.kernels.folding import folded
 from perex.kernels.geometry import (
     Geometry,
     by_group,
@@ -30,7 +31,7 @@ from perex.kernels.plan import Plan
 from perex.kernels.spot import current
 from perex.kernels.strategies import Strategies
 from perex.kernels.triton.available import usable
-from perex.kernels.triton.tiles import channels_tile, covered, tiles
+from perex.kernels.triton.tiles import channels_tile, covered, direct_tile, steps, tiles
 
 NORMS = Strategies("convolutions")
 """Ways to $\\|G_b\\|^2$, for `x` of shape `(B, R, C_in, *spatial)` and `grads` `(B, R, C_out, *spatial')`, R images an
@@ -57,7 +58,10 @@ FRESH = 2
 NARROW = 48
 """Matrix products with a side that is shorter take longer, and twice as long if neither is a multiple of `LANES`."""
 
-GATHERED = {"half": 0.4, "TF32": 0.1, "float32": 0.3}
+LENGTHWISE = {"half": 0.6, "TF32": 0.6, "float32": 0.4}
+"""What part of a large product's speed a Triton kernel reaches where positions are next to each other."""
+
+GATHERED = {"half": 0.42, "TF32": 0.15, "float32": 0.3}
 """What part of a large product's speed a Triton kernel reaches that looks up where patches lie."""
 
 
@@ -248,20 +252,25 @@ def summed(x: Tensor, grads: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor
 
 
 def _product(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
-    plain = {*geometry.weight_shape[2:], *geometry.stride} == {1} and not any(geometry.padding)
-    if current() is None or not plain or x[3:] != grads[3:]:
+    plain, spot = {*geometry.weight_shape[2:], *geometry.stride} == {1} and not any(geometry.padding), current()
+    if spot is None or not usable(spot) or not plain:
         return None
-    left, right = (
-        torch.Size((t[0], geometry.groups, t[1] * math.prod(t[3:]), t[2] // geometry.groups)) for t in (x, grads)
-    )
-    inner = outer.plan(left, right)
-    return inner._replace(way=f"product, {inner.way}")
+    positions, rows, columns = measures(x, grads, geometry)
+    _, _, flops = _multiplied_out(x, grads, geometry)
+    m, n, several = max(rows, columns), min(rows, columns), x[0] * geometry.groups
+    tile = direct_tile(m, n, spot.dtype, True)
+    parts = several * tiles(m, tile.rows) * tiles(n, tile.columns)
+    products = several * steps(positions, tile) * covered(m, tile.rows) * covered(n, tile.columns)
+    return Plan("Triton product", flops, parts, parts, seconds=seconds(spot.dtype, products, parts, 2, LENGTHWISE))
 
 
-@NORMS.way("product", _product, on_gpu=True)
-def product(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
-    """A kernel of one pixel: its patches are the pixels; see `perex.kernels.outer`."""
-    return outer.squared_norm(*(by_group(t, geometry.groups).flatten(2, -2) for t in (x, grads)))
+@NORMS.way("Triton product", _product, on_gpu=True)
+def triton_product(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    """A kernel of one pixel: its patches are the pixels, so that this is an outer product where it lies."""
+    from perex.kernels.triton.outer import direct
+
+    left, right = (by_group(t, geometry.groups).flatten(2, -2) for t in (x, grads))
+    return direct(left, right)
 
 
 def _whole_unfolded(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
@@ -288,10 +297,11 @@ def _triton_direct(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan
         return None
     positions, rows, _ = measures(x, grads, geometry)
     _, _, flops = _multiplied_out(x, grads, geometry)
+    geometry = folded(geometry)
     channels, places = geometry.weight_shape[1], math.prod(geometry.weight_shape[2:])
     tile, several = channels_tile(rows, channels, spot.dtype), x[0] * geometry.groups * places
     parts = several * tiles(rows, tile.rows) * tiles(channels, tile.columns)
-    products = several * positions * covered(rows, tile.rows) * covered(channels, tile.columns)
+    products = several * steps(positions, tile) * covered(rows, tile.rows) * covered(channels, tile.columns)
     time = seconds(spot.dtype, products, x.numel() + grads.numel(), 4, GATHERED)
     return Plan("Triton direct", flops, parts, parts, seconds=time)
 

@@ -16,7 +16,7 @@ from perex.kernels.products import HALVES, product
 from perex.kernels.spot import current
 from perex.kernels.strategies import Strategies
 from perex.kernels.triton.available import usable
-from perex.kernels.triton.tiles import covered, direct_tile, gram_tile, tiles
+from perex.kernels.triton.tiles import covered, direct_tile, gram_tile, steps, tiles
 
 NORMS = Strategies("outer products")
 """Ways to $\\|G_b\\|^2$, for `left` of shape `(B, G, T, m)` and `right` `(B, G, T, n)`, with G independent groups."""
@@ -25,9 +25,9 @@ PIECES, SHORTEST = 4, 64
 """Into how many pieces positions are split for symmetric products, and how short these may be."""
 
 
-DIRECT = {"half": 0.65, "TF32": 0.33, "float32": 0.4}
-GRAM = {"half": 0.55, "TF32": 0.5, "float32": 0.4}
-BACKEND = {"half": 0.85, "TF32": 0.85, "float32": 0.85}
+DIRECT = {"half": 0.82, "TF32": 0.14, "float32": 0.4}
+GRAM = {"half": 0.55, "TF32": 0.4, "float32": 0.4}
+BACKEND = {"half": 0.85, "TF32": 0.47, "float32": 0.85}
 """What part of a large product's speed Triton's kernels reach on a GPU, and the backend's batched products."""
 
 
@@ -158,7 +158,7 @@ def _triton_direct(left: torch.Size, right: torch.Size) -> Plan | None:
     m, n = max(m, n), min(m, n)
     tile = direct_tile(m, n, spot.dtype)
     parts = batch * groups * tiles(m, tile.rows) * tiles(n, tile.columns)
-    products = batch * groups * positions * covered(m, tile.rows) * covered(n, tile.columns)
+    products = batch * groups * steps(positions, tile) * covered(m, tile.rows) * covered(n, tile.columns)
     flops, time = 2 * batch * groups * m * n * (positions + 1), seconds(spot.dtype, products, parts, 2, DIRECT)
     return Plan("Triton direct", flops, parts, parts, seconds=time)
 
@@ -179,7 +179,7 @@ def _triton_gram(left: torch.Size, right: torch.Size) -> Plan | None:
     count = tiles(positions, tile)
     pairs = batch * groups * count * (count + 1) // 2
     products = pairs * tile**2 * width
-    flops, time = 2 * pairs * min(tile, positions) ** 2 * (width + 1), seconds(spot.dtype, products, pairs, 6, GRAM)
+    flops, time = 2 * pairs * min(tile, positions) ** 2 * (width + 1), seconds(spot.dtype, products, pairs, 5, GRAM)
     return Plan("Triton Gram", flops, 2 * pairs, 2 * pairs, seconds=time)
 
 
@@ -189,25 +189,6 @@ def triton_gram(left: Tensor, right: Tensor) -> Tensor:
     from perex.kernels.triton.outer import gram
 
     return gram(left, right)
-
-
-def _whole_gram(left: torch.Size, right: torch.Size) -> Plan | None:
-    (batch, groups, positions), width, spot = left[:3], left[3] + right[3], current()
-    if spot is None or not usable(spot) or positions == 1:
-        return None
-    pairs = batch * groups * positions**2
-    time = seconds(spot.dtype, pairs * width, 7 * pairs, 10, BACKEND)
-    return Plan("whole Gram", 2 * pairs * (width + 1), 2 * pairs, 2 * pairs, seconds=time)
-
-
-@NORMS.way("whole Gram", _whole_gram, on_gpu=True)
-def whole_gram(left: Tensor, right: Tensor) -> Tensor:
-    """`gram` of all examples and positions at once, with no branch on what it finds."""
-    from perex.kernels.triton.outer import direct, settled
-
-    terms = product(left, left.mT).mul_(product(right, right.mT)).flatten(1, 2)
-    parts = torch.stack((terms.sum(2), torch.linalg.vector_norm(terms, 1, dim=2)))
-    return settled(parts, lambda wanted: direct(left, right, wanted))
 
 
 def _whole_direct(left: torch.Size, right: torch.Size) -> Plan | None:

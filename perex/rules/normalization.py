@@ -3,7 +3,7 @@ r"""Norm layers and slopes: $y = w \hat{x} + b$, so the gradients are $\sum g \h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perex.factors import Dense, Factor
+from perex.kernels.affine import plane_sums, row_sums
 from perex.rules.call import Captured
 from perex.rules.linear import summed
 from perex.rules.registry import operator_rule
@@ -41,6 +42,25 @@ def affine(captured: Captured, normalize: Callable[[Tensor, float], Tensor], tra
     return factors
 
 
+def by_rows(captured: Captured, shape: Sequence[int], eps: float, centred: bool) -> dict[str, Factor] | None:
+    """The two sums from one reading of each row, on a GPU; None where there is no kernel for that."""
+    grad, batch = captured.grads[0], captured.batch
+    if grad is None or not grad.is_cuda or not captured.wants("weight"):
+        return None
+    x, grad = (
+        value.reshape(batch, -1, math.prod(shape))
+        for value in (captured.rows("input"), captured.call.out_axes[0].rows(grad, batch))
+    )
+    found = row_sums(x, grad, eps, centred)
+    if found is None:
+        return None
+    return {
+        name: Dense(value.reshape(batch, *shape))
+        for name, value in zip(("weight", "bias"), found, strict=True)
+        if captured.wants(name)
+    }
+
+
 @operator_rule(
     F.layer_norm,
     arguments="input normalized_shape weight bias eps",
@@ -50,7 +70,9 @@ def affine(captured: Captured, normalize: Callable[[Tensor, float], Tensor], tra
 def layer_norm(captured: Captured) -> dict[str, Factor]:
     """Over the last dimensions, with a weight for each of their entries."""
     shape = captured.value("normalized_shape")
-    return affine(captured, lambda x, eps: F.layer_norm(x, shape, eps=eps), trailing=True)
+    return by_rows(captured, shape, captured.option("eps", 1e-5), centred=True) or affine(
+        captured, lambda x, eps: F.layer_norm(x, shape, eps=eps), trailing=True
+    )
 
 
 @operator_rule(
@@ -64,7 +86,9 @@ def rms_norm(captured: Captured) -> dict[str, Factor]:
     shape, given = captured.value("normalized_shape"), captured.option("eps", None)
     index = captured.call.template("input").number
     own = torch.finfo(captured.tensors[index].dtype).eps if given is None else given
-    return affine(captured, lambda x, eps: F.rms_norm(x, shape, eps=own), trailing=True)
+    return by_rows(captured, shape, own, centred=False) or affine(
+        captured, lambda x, eps: F.rms_norm(x, shape, eps=own), trailing=True
+    )
 
 
 @operator_rule(
@@ -100,29 +124,16 @@ def instance_norm(captured: Captured) -> dict[str, Factor]:
     narrow=True,
 )
 def batch_norm(captured: Captured) -> dict[str, Factor]:
-    r"""With running statistics; with those of the batch it never gets here.
-
-    Both sums of torch's own backward, $\sum g (x - \mu) / \sigma$ and $\sum g$ for each channel, with the channels of
-    all examples side by side.
-    """
-    batch = captured.batch
+    """With running statistics; with those of the batch it never gets here."""
     (channels,) = captured.shape("weight" if captured.wants("weight") else "bias")
     grad = captured.grads[0]
     assert grad is not None
-    grad = captured.call.out_axes[0].rows(grad, batch)  # (B, N, C, *spatial), N rows an example
-    x = captured.rows("input") if captured.wants("weight") else grad  # or anything, if not asked for
-    grad, x = (rows.transpose(0, 1).flatten(1, 2).contiguous() for rows in (grad, x))  # (N, B * C, *spatial)
-    dtype, eps = torch.promote_types(x.dtype, torch.float32), captured.option("eps", 1e-5)
-    ones = torch.ones(batch * channels, dtype=dtype, device=x.device)
-    mean, variance = ones, ones
+    grad = captured.call.out_axes[0].rows(grad, captured.batch)  # (B, N, C, *spatial), N rows an example
+    x, mean, variance = grad, grad.new_zeros(channels), grad.new_ones(channels)  # or anything, if not asked for
     if captured.wants("weight"):
-        mean, variance = (captured.value(name).to(dtype).repeat(batch) for name in ("running_mean", "running_var"))
-    inverse = (variance + eps).rsqrt()  # as CUDA wants what the forward saved, which was none of the batch's
-    _, weight, bias = torch.ops.aten.native_batch_norm_backward(
-        grad, x, ones, mean, variance, mean, inverse, False, eps, [False, True, True]
-    )
-    sums = {"weight": weight, "bias": bias}
-    return {name: Dense(sums[name].view(batch, channels)) for name in sums if captured.wants(name)}
+        x, mean, variance = captured.rows("input"), captured.value("running_mean"), captured.value("running_var")
+    weight, bias = plane_sums(x, grad, mean, variance, captured.option("eps", 1e-5))
+    return {name: Dense(value) for name, value in (("weight", weight), ("bias", bias)) if captured.wants(name)}
 
 
 def with_running_statistics(captured: Captured, x: Tensor, eps: float) -> Tensor:

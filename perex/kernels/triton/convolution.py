@@ -15,11 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perex.kernels.folding import fold, folded
 from perex.kernels.geometry import Geometry, patches
 from perex.kernels.products import product
 from perex.kernels.triton.available import precision, widened
 from perex.kernels.triton.outer import ALIGNED, pair_of, settled
-from perex.kernels.triton.tiles import Tile, channels_tile, gram_tile, tiles
+from perex.kernels.triton.tiles import Tile, channels_tile, tiles
+
+PAIRS = Tile(32, 32, 0, 4, 1)
+"""How pairs of positions are cut."""
 
 
 @triton.jit(do_not_specialize=["groups", "down", "across", "places"])
@@ -124,6 +128,8 @@ def direct(
     batch, groups = x.shape[0], geometry.groups
     if x.numel() == 0 or grads.numel() == 0:
         return grads.new_zeros(batch, dtype=torch.float32)
+    if folded(geometry) != geometry:
+        x, geometry = fold(x, grads.shape[-1], geometry), folded(geometry)
     narrow, wide = (x, grads) if geometry.transposed else (grads, x)
     narrow, wide = pixels(narrow), pixels(wide).contiguous()  # (B, P, C)
     if narrow.stride(2) != 1 and (narrow.stride(1) != 1 or narrow.shape[1] % ALIGNED):
@@ -165,7 +171,7 @@ def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry, tile: Tile | None =
     grams = [product(t.mT, t).contiguous() for t in (narrow, wide)]  # (B, G, P, P)
     table = pixels_under(geometry, x.shape[1:2] + x.shape[3:], grads.shape[1:2] + grads.shape[3:], x.device)
     positions = table.shape[1]
-    tile = tile or gram_tile(positions, x.dtype)
+    tile = tile or PAIRS
     count = tiles(positions, tile.rows)
     pairs = count * (count + 1) // 2
     terms = x.new_empty(2, batch, groups * pairs, dtype=torch.float32)

@@ -210,7 +210,7 @@ def direct(left: Tensor, right: Tensor, wanted: Tensor | None = None, tile: Tile
     n = right.shape[3]
     if 0 in (*left.shape, n):
         return left.new_zeros(batch, dtype=torch.float32)
-    tile = tile or direct_tile(m, n, left.dtype)
+    tile = tile or direct_tile(m, n, left.dtype, left.stride(2) == 1)
     down, across = tiles(m, tile.rows), tiles(n, tile.columns)
     out = left.new_empty(batch, groups * down * across, dtype=torch.float32)
     with torch.cuda.device_of(left):

@@ -14,6 +14,9 @@ LARGEST, LARGEST_PLAIN = 128, 64
 SMALLEST = 16
 """The least side that `tl.dot` takes."""
 
+BEGIN = 64
+"""As many positions a program could have multiplied in the time that it takes to begin and to end."""
+
 
 class Tile(NamedTuple):
     """How one program's part of a product is cut.
@@ -38,12 +41,14 @@ def side(size: int, largest: int) -> int:
     return min(largest, max(SMALLEST, 1 << (size - 1).bit_length()))
 
 
-def direct_tile(m: int, n: int, dtype: torch.dtype) -> Tile:
-    """For `(m, n)` gradients with m at least n."""
+def direct_tile(m: int, n: int, dtype: torch.dtype, lengthwise: bool = False) -> Tile:
+    """For `(m, n)` gradients with m at least n; whether the positions of each row and column are next to each other."""
     if not tensor_cores(dtype):
         return Tile(side(m, LARGEST_PLAIN), side(n, LARGEST_PLAIN), 16, 4, 3)
-    rows, columns = side(m, LARGEST), side(n, 2 * LARGEST if dtype.itemsize == 2 else LARGEST)
-    return Tile(rows, columns, 128 // dtype.itemsize, warps(rows, columns), 3)
+    half = dtype.itemsize == 2
+    rows, columns = side(m, LARGEST), side(n, LARGEST if half else 2 * LARGEST)
+    few = rows * columns <= 64 * 64
+    return Tile(rows, columns, 128 // dtype.itemsize, 4 if few or half and not lengthwise else 8, 4 if few else 3)
 
 
 def gram_tile(positions: int, dtype: torch.dtype) -> Tile:
@@ -51,16 +56,21 @@ def gram_tile(positions: int, dtype: torch.dtype) -> Tile:
     if not tensor_cores(dtype):
         rows = side(positions, LARGEST_PLAIN)
         return Tile(rows, rows, 16, 4, 3)
-    rows = side(positions, LARGEST)
-    return Tile(rows, rows, 128 // dtype.itemsize, warps(rows, rows), 3)
+    rows = side(positions, LARGEST if positions > 2 * LARGEST else LARGEST // 2)
+    return Tile(rows, rows, 128 // dtype.itemsize, warps(rows, rows), 3 if dtype.itemsize == 2 else 4)
 
 
 def channels_tile(m: int, n: int, dtype: torch.dtype) -> Tile:
     """For `(m, n)` gradients of channels, where positions are looked up before they are read: more is on its way."""
     if not tensor_cores(dtype):
         return Tile(side(m, LARGEST_PLAIN), side(n, LARGEST_PLAIN), 16, 4, 3)
-    rows, columns = side(m, LARGEST), side(n, LARGEST)
-    return Tile(rows, columns, 128 // dtype.itemsize, warps(rows, columns), 5)
+    half = dtype.itemsize == 2
+    rows, columns = side(m, LARGEST), side(n, LARGEST if half or n > LARGEST else LARGEST // 2)
+    if columns == SMALLEST:
+        rows = min(rows, LARGEST // 2)
+    large = rows * columns == LARGEST**2
+    step = 128 // dtype.itemsize
+    return Tile(rows, columns, 2 * step if half and columns == SMALLEST else step, 8 if large else 4, 3 if large else 5)
 
 
 def warps(rows: int, columns: int) -> int:
@@ -76,3 +86,8 @@ def tiles(size: int, side: int) -> int:
 def covered(size: int, side: int) -> int:
     """How much of a dimension whole tiles cover, what is beyond it included."""
     return tiles(size, side) * side
+
+
+def steps(positions: int, tile: Tile) -> int:
+    """How many positions a program takes as long as: those of whole steps, and some to begin and to end."""
+    return covered(positions, tile.step) + BEGIN
