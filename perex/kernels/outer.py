@@ -125,33 +125,33 @@ def pairs(x: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
     that they are one batch of matrices.
 
     Args:
-        x: `(B, G, T, m)`.
+        x: `(N, T, m)`, contiguous.
 
     Yields:
-        `(B, G, R, t, m)`, `(B, G, R, s, m)`, and how many of the s positions come before the t, so
-        that their products count twice.
+        `(N R, t, m)`, `(N R, s, m)`, and how many of the s positions come before the t: their products count twice.
     """
-    width = x.shape[2]
+    width = x.shape[1]
     while width % 2 == 0 and width >= 2 * SHORTEST:
         width //= 2
-        halves = x.unflatten(2, (-1, 2, width))
-        yield halves[:, :, :, 1], halves[:, :, :, 0], width
-    runs = x.unflatten(2, (-1, width))
+        halves = x.view(-1, width, x.shape[2])
+        yield halves[1::2], halves[::2], width
+    runs = x.view(-1, width, x.shape[2])
     step = max(2 * SHORTEST, -(-width // PIECES))
     for start in range(0, width, step):
-        yield runs[..., start : start + step, :], runs[..., : start + step, :], start
+        whole = step >= width
+        yield (runs, runs, 0) if whole else (runs[:, start : start + step], runs[:, : start + step], start)
 
 
 @functools.cache
 def products(positions: int) -> tuple[int, int]:
     """How many products of positions `pairs` asks for, in all and at once."""
-    found = [one.shape[:-1].numel() * other.shape[-2] for one, other, _ in pairs(torch.empty(1, 1, positions, 0))]
+    found = [one.shape[:-1].numel() * other.shape[-2] for one, other, _ in pairs(torch.empty(1, positions, 1))]
     return sum(found), max(found)
 
 
 def grams(x: Tensor) -> list[Tensor]:
-    r"""$x_t \cdot x_s$ of all `pairs`, `(B, G, R, t, s)` each."""
-    return [later @ earlier.mH for later, earlier, _ in pairs(x)]
+    r"""$x_t \cdot x_s$ of all `pairs` of `(b, G, T, m)`, `(b G R, t, s)` each."""
+    return [torch.bmm(later, earlier.mH) for later, earlier, _ in pairs(x.flatten(0, 1).contiguous())]
 
 
 def _gram(left: torch.Size, right: torch.Size) -> Plan | None:
@@ -172,16 +172,16 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     of_right = readers.current().once(right, batch * groups * count, lambda: (grams(right[i:j]) for i, j in blocks))
     totals, sizes = [], []
     for (i, j), rights in zip(blocks, of_right, strict=True):
-        total: Tensor | float = 0.0
-        size: Tensor | float = 0.0
-        for (later, earlier, twice), of_rights in zip(pairs(left[i:j]), rights, strict=True):
-            product = (later @ earlier.mH).mul_(of_rights).flatten(1, 3)  # (b, G R t, s)
+        total, size = (left.new_zeros(j - i).real for _ in range(2))
+        lefts = left[i:j].flatten(0, 1).contiguous()
+        for (later, earlier, twice), of_rights in zip(pairs(lefts), rights, strict=True):
+            product = torch.bmm(later, earlier.mH).mul_(of_rights)
             product = product.real if product.is_complex() else product
             if twice < product.shape[2]:
-                total = total + product[..., twice:].sum((1, 2))
+                total += product[..., twice:].reshape(j - i, -1).sum(1)
             if twice:
-                total = total + 2 * product[..., :twice].sum((1, 2))
-            size = size + (1 + bool(twice)) * product.abs_().sum((1, 2))
+                total.add_(product[..., :twice].reshape(j - i, -1).sum(1), alpha=2)
+            size.add_(product.view(j - i, -1).abs_().sum(1), alpha=1 + bool(twice))
         totals.append(total)
         sizes.append(size)
     return recomputed(joined(totals), joined(sizes), lambda b: direct(left[b], right[b]))
