@@ -374,7 +374,9 @@ class Backwards:
         captured = Captured(call, saved, grads)
         found = call.rule.function(captured)
         for slot, source in call.slots.items():
-            factor = narrow(check_factor(call, slot, found.get(slot), captured.batch))
+            factor = check_factor(call, slot, found.get(slot), captured.batch)
+            if captured.dtype is not None:
+                factor = narrow(factor)
             if isinstance(source, Entry):
                 yield slot, source, of_examples(tapped, factor)
                 continue

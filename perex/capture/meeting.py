@@ -15,7 +15,7 @@ from perex.capture.checkpoint import run_recomputation_in, sparing
 from perex.capture.forward import Forward, Tapped
 from perex.capture.labels import Labels
 from perex.capture.memo import Known, Place
-from perex.capture.parameters import Entry, Source
+from perex.capture.parameters import Source
 from perex.capture.refusals import Refusals
 from perex.capture.taps import Poison, Tap
 from perex.rules.broadcast import returned
@@ -95,7 +95,7 @@ class Meeting:
         entries: dict[int, Place] = {}
         if places:
             for place in places:
-                given[place.key] = self.value(place.entry)
+                given[place.key] = self.labels.parameters.value(place.entry)
             if known.call is not None:
                 entries = {place.number: place for place in places}
                 own = [entries[number] for number in known.numbers.values()]
@@ -129,11 +129,6 @@ class Meeting:
         if len({*call.kept, *(call.template(name).number for name in call.slots)}) != len(call.axes):
             return ()
         return call.sharing.names
-
-    def value(self, entry: Entry) -> Tensor:
-        """What an operator reads in place of a parameter: detached where its gradient is not wanted from autograd."""
-        value = self.labels.parameters.read(entry)
-        return value.detach() if not self.labels.parameters.param_grads and entry.tracked else value
 
     def poisoned(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: Lost, saved: list[Tensor]

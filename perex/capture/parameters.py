@@ -28,6 +28,7 @@ class Entry:
         parameter: the parameter.
         selected: whether `params` asks for it.
         stand_in: what operators read in its place; made when first needed.
+        values: the same without gradients; made when first needed after that.
         seen: which tensor was its gradient over all uses that perex saw; see `taps.identity`.
         sharded: whether it is whole only while its module runs; see `perex.capture.sharding`.
         total: for a sharded one, the sum of what its stand-ins saw in the running backward: each forward has its own.
@@ -37,6 +38,7 @@ class Entry:
     parameter: nn.Parameter
     selected: bool
     stand_in: Tensor | None = None
+    values: Tensor | None = field(default=None, repr=False)
     seen: tuple[int, int, int] | None = None
     sharded: bool = False
     total: Tensor | None = field(default=None, repr=False)
@@ -224,12 +226,22 @@ class Parameters:
                 "its module runs: call the module that was sharded, not its parts"
             )
         if entry.stand_in is None or not stands_in(entry.stand_in, entry):
+            entry.values = None
             if self.param_grads:
                 entry.stand_in = Alias.apply(entry, entry.parameter)
             else:
                 entry.stand_in = entry.parameter.detach().requires_grad_(entry.tracked)
         assert entry.stand_in is not None
         return entry.stand_in
+
+    def value(self, entry: Entry) -> Tensor:
+        """The same, without gradients where autograd is not to compute them."""
+        stand_in = self.read(entry)
+        if self.param_grads or not entry.tracked:
+            return stand_in
+        if entry.values is None:
+            entry.values = stand_in.detach()
+        return entry.values
 
     def watch(self, entry: Entry) -> RemovableHandle:
         """Compare the gradient that reaches a parameter with what its alias saw.
@@ -267,7 +279,7 @@ class Parameters:
         """Take all hooks off."""
         for entry in self.entries.values():
             self.unwatch(entry)
-            entry.stand_in = entry.total = None
+            entry.stand_in = entry.values = entry.total = None
 
 
 def same(one: Tensor, other: Tensor) -> bool:

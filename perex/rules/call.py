@@ -121,8 +121,8 @@ class Captured:
         first = next((grad for grad in grads if grad is not None), None)
         narrow = call.rule.narrow and first is not None and first.is_cuda and first.dtype in HALVES
         self.dtype = first.dtype if narrow and first is not None else None
-        self.grads = [None if grad is None else self.read(grad.detach()) for grad in grads]
-        self.tensors: dict[int, Tensor] = {i: t.detach() for i, t in zip(call.kept, saved, strict=True)}
+        self.grads = [None if grad is None else self.read(without_graph(grad)) for grad in grads]
+        self.tensors: dict[int, Tensor] = {i: without_graph(t) for i, t in zip(call.kept, saved, strict=True)}
 
     def read(self, tensor: Tensor) -> Tensor:
         """A tensor in the precision that the rule takes."""
@@ -168,3 +168,8 @@ class Captured:
     def wants(self, name: str) -> bool:
         """Whether the gradient of parameter `name` is asked for."""
         return name in self.call.slots
+
+
+def without_graph(tensor: Tensor) -> Tensor:
+    """A tensor without gradients."""
+    return tensor.detach() if tensor.requires_grad else tensor
