@@ -124,6 +124,20 @@ def test_positions_that_cancel_are_multiplied_out():
     torch.testing.assert_close(fused.gram(lefts, rights).double(), expected, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_are_trusted_as_far_as_products_resolve(dtype):
+    """A tenth of its terms' sizes is enough of a sum for float32, and for halves, but not for TF32."""
+    before, terms = torch.get_float32_matmul_precision(), torch.tensor([[[0.1], [0.5]], [[1.0], [1.0]]])
+    try:
+        for setting in ("highest", "high"):
+            torch.set_float32_matmul_precision(setting)
+            found = fused.settled(terms, dtype, lambda doubts: 7.0 * doubts)
+            coarse = setting == "high" and dtype == torch.float32
+            assert found.tolist() == pytest.approx([7.0 if coarse else 0.1, 0.5])
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_number_that_is_none_spoils_its_example_alone():
     left, right = torch.randn(3, 1, 20, 4), torch.randn(3, 1, 20, 4)
     left[1, 0, 3, 2] = float("nan")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perex.kernels.triton.available import tensor_cores
-
-TF32 = 2.0**-10
-"""What TF32 resolves, which GPUs may multiply float32 in."""
+from perex.kernels.triton.available import TF32, tensor_cores
 
 
 def precision(tensor: Tensor, operator: str | None = None) -> float:

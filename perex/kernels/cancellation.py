@@ -23,14 +23,15 @@ def recomputed(values: Tensor, sizes: Tensor, exact: Callable[[Tensor], Tensor])
     Returns:
         Tensor `(B,)`, of which no more than a quarter of the digits went to cancellation.
     """
-    if bool((values > share_of(values.dtype) * sizes).all()):
+    share = share_of(torch.finfo(values.dtype).eps)
+    if bool((values > share * sizes).all()):
         return values
-    examples = ((values <= share_of(values.dtype) * sizes) & (sizes > 0)).nonzero().flatten()
+    examples = ((values <= share * sizes) & (sizes > 0)).nonzero().flatten()
     if not examples.numel():  # no numbers, or zeros
         return values
     return values.index_copy(0, examples, exact(examples).to(values.dtype))
 
 
-def share_of(dtype: torch.dtype) -> float:
-    """What part of its terms' sizes a sum must have to be trusted."""
-    return float(torch.finfo(dtype).eps ** 0.25)
+def share_of(eps: float) -> float:
+    """What part of its terms' sizes a sum must have to be trusted, if these resolve `eps` of themselves."""
+    return float(eps**0.25)

@@ -75,6 +75,15 @@ def tensor_cores(dtype: torch.dtype) -> bool:
     return bool(matmul.allow_tf32) or torch.get_float32_matmul_precision() != "highest"
 
 
+TF32 = 2.0**-10
+"""What TF32 resolves."""
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """What products of tensors of a dtype resolve of themselves; those of half precision are exact in float32."""
+    return TF32 if dtype == torch.float32 and tensor_cores(dtype) else float(torch.finfo(torch.float32).eps)
+
+
 def precision(dtype: torch.dtype) -> str:
     """What `tl.dot` is to do with float32."""
     return "tf32" if tensor_cores(dtype) else "ieee"

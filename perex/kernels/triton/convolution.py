@@ -180,7 +180,7 @@ def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry, tile: Tile | None =
             *grams, table, *terms, positions, table.shape[0], wide.shape[3], count, pairs,
             TILE=tile.rows, num_warps=tile.warps,
         )  # fmt: skip
-    return settled(terms, lambda wanted: direct(x, grads, geometry, wanted))
+    return settled(terms, x.dtype, lambda wanted: direct(x, grads, geometry, wanted))
 
 
 def pixels(images: Tensor) -> Tensor:

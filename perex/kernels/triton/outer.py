@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perex.kernels.cancellation import share_of
-from perex.kernels.triton.available import precision, widened
+from perex.kernels.triton.available import precision, resolution, widened
 from perex.kernels.triton.tiles import Tile, direct_tile, gram_tile, tiles
 
 ALIGNED, WORTH_COPYING = 16, 2**24
@@ -178,17 +178,18 @@ def settling_kernel(
     tl.store(doubts + example, ((value <= share * whole) & (whole > 0)).to(tl.uint8))
 
 
-def settled(terms: Tensor, exact: Callable[[Tensor], Tensor]) -> Tensor:
+def settled(terms: Tensor, dtype: torch.dtype, exact: Callable[[Tensor], Tensor]) -> Tensor:
     """Squared norms from Gram matrices, multiplied out where terms cancel; nobody waits to hear where that is.
 
     Args:
         terms: `(2, B, K)`, parts of each sum of terms, and of their absolute values.
+        dtype: of what was multiplied.
         exact: squared norms without inner products, of examples that `(B,)` numbers say, zero or one.
     """
     _, batch, parts = terms.shape
     values, doubts = terms.new_empty(batch), terms.new_empty(batch, dtype=torch.uint8)
     with torch.cuda.device_of(terms):
-        settling_kernel[(batch,)](terms, values, doubts, parts, share_of(torch.float32), STEP=1024)
+        settling_kernel[(batch,)](terms, values, doubts, parts, share_of(resolution(dtype)), STEP=1024)
     return torch.where(doubts.bool(), exact(doubts), values)
 
 
@@ -248,7 +249,7 @@ def gram(left: Tensor, right: Tensor, tile: Tile | None = None) -> Tensor:
             TILE=tile.rows, STEP=tile.step, PRECISION=precision(left.dtype), WIDEN=widened(left.dtype),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return settled(terms, lambda wanted: direct(left, right, wanted))
+    return settled(terms, left.dtype, lambda wanted: direct(left, right, wanted))
 
 
 def aligned(x: Tensor) -> Tensor:
