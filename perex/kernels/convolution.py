@@ -118,7 +118,7 @@ def _grouped(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | Non
     _, entries, flops = _multiplied_out(x, grads, geometry)
     block, kernel = block_size(x[0], entries), math.prod(geometry.weight_shape[2:])
     blocked = rows % LANES == columns // kernel % LANES == 0
-    slack = 1.1 * BACKEND * (1 if blocked else UNBLOCKED) * (2 if kernel == 1 else 1)
+    slack = 1.1 * BACKEND * (1 if blocked else UNBLOCKED)
     moved = 4 * x[0] * entries + (x.numel() + grads.numel()) // 2  # brought into the order of the backend's kernels
     return Plan("grouped calls", flops, block * entries, moved, slack, -(-x[0] // block) * GROUPED_CALL)
 
@@ -154,7 +154,7 @@ def _with_patches(x: torch.Size, grads: torch.Size, geometry: Geometry, product:
     """What a product of output gradients and patches costs along with copying these, a few examples at a time."""
     positions, rows, columns = measures(x, grads, geometry)
     entries = geometry.groups * positions * columns
-    runs = 1 if geometry.stride[-1] == 1 else 3  # pixel by pixel, where they are not neighbours
+    runs = 1 if geometry.stride[-1] == 1 else 4  # pixel by pixel, where they are not neighbours
     return product._replace(
         elements=product.elements + block_size(x[0], FRESH * entries) * entries,
         moved=product.moved + runs * x[0] * entries,
