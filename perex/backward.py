@@ -113,11 +113,11 @@ class Backwards:
 
     def run(self, losses: Tensor, mean: bool) -> None:
         """Run the backward of the mean or sum of losses; see `Tracker.backward`."""
-        if self.latest is None or self.session.unseen is not None:
+        forwards = [forward for ref in self.pending if (forward := ref()) is not None]
+        if self.latest is None or self.session.unseen is not None and not forwards:
             why = f"; {self.session.unseen}" if self.session.unseen else ""
             raise NotReadyError(f"backward: call the attached model first, with gradients enabled{why}")
-        # without a forward since, it is a second backward, of a graph that was retained
-        forwards = [forward for ref in self.pending if (forward := ref()) is not None] or [self.latest]
+        forwards = forwards or [self.latest]  # without one since, it is a second backward, of a graph that was retained
         count = len(losses)
         sizes = [forward.batch for forward in forwards]
         if count not in sizes and count != sum(sizes):

@@ -71,8 +71,8 @@ def norms_of(squared: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]])
 
 
 def clipped(norms: Tensor, bound: float) -> Tensor:
-    r"""$\min(1, C / \|g_b\|)$, the weights that leave no gradient longer than C."""
-    return bound / norms.clamp(min=bound)
+    r"""$\min(1, C / \|g_b\|)$, the weights that leave no gradient longer than C; which may be infinite."""
+    return (bound / norms.double()).clamp(max=1).to(norms.dtype)
 
 
 def normalized(norms: Tensor, bound: float, stability: float) -> Tensor:

@@ -296,6 +296,7 @@ class Tracker:
         result = self._result()
         parameters = self._session.parameters.holders(result.tracked())
         before = result.remember(parameters)
+        before = {name: None if cleared(parameters[name].grad) else grad for name, grad in before.items()}
         if self._memory == "low":
             sums = self._again(result, weights)
             for name, parameter in parameters.items():
@@ -395,3 +396,8 @@ class Tracker:
 def times(value: Tensor, scale: float | Tensor) -> Tensor:
     """A value times a number, from wherever that is."""
     return value * (scale.to(value) if isinstance(scale, Tensor) else scale)
+
+
+def cleared(grad: Tensor | None) -> bool:
+    """Whether there is no gradient, or one of zeros: as `zero_grad` leaves it, so that nothing is to be added to."""
+    return grad is None or grad.layout == torch.strided and not bool(grad.any())

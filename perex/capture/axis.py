@@ -212,6 +212,8 @@ def arranged(dim: int, ids: Tensor, batch: int) -> Held | None:
     known = ids[ids != NOBODY]
     if len(ids) and not len(known):
         return None
+    if not batch:
+        return Axis(dim)
     if len(known) == len(ids) > 0 and bool((known == known[0]).all()):
         return Single(int(known[0]))
     if len(known) == len(ids) and len(ids) % batch == 0:
@@ -227,7 +229,7 @@ def placed(dim: int, ids: Tensor, batch: int) -> Held | None:
     """`arranged` for a tensor into which rows were written: where those of several examples are in the places that a
     batch has, so are the others, of which nothing was written yet."""
     known = ids != NOBODY
-    if len(ids) % batch == 0 and len(ids) and len(ids[known].unique()) > 1:
+    if len(ids) and len(ids[known].unique()) > 1 and len(ids) % batch == 0:
         axis = Axis(dim, 1, len(ids) // batch)
         if torch.equal(axis.ids(batch)[known], ids[known].cpu()):
             return axis

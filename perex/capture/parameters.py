@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -246,17 +247,22 @@ class Parameters:
     def watch(self, entry: Entry) -> RemovableHandle:
         """Compare the gradient that reaches a parameter with what its alias saw.
 
-        The hook goes first, before hooks of the user that may change the gradient.
+        The hook goes first, before hooks of the user that may change the gradient. It holds on to nothing: a parameter
+        whose hook leads to a graph that leads to the parameter would never be freed.
         """
+        own, its = weakref.ref(self), weakref.ref(entry)
 
         def arrived(grad: Tensor) -> None:
+            parameters, entry = own(), its()
+            if parameters is None or entry is None:
+                return
             total, entry.total = entry.total, None
-            if self.param_grads and entry.seen is not None and entry.seen == identity(grad):
+            if parameters.param_grads and entry.seen is not None and entry.seen == identity(grad):
                 return
             if total is not None and same(total, grad):
                 return
             if entry.tracked:
-                self.untapped(entry.name)
+                parameters.untapped(entry.name)
 
         handle = entry.parameter.register_hook(arrived)
         hooks = entry.parameter._backward_hooks

@@ -7,6 +7,7 @@ returned a view, and autograd still notices an in-place change that would spoil 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -91,21 +92,23 @@ class Alias(torch.autograd.Function):
     """In front of a parameter: notes the gradient of all uses that perex has seen.
 
     The gradient that arrives at the parameter itself must be this very tensor; another one means a use that
-    went past perex.
+    went past perex. The graph holds the parameter's entry weakly, as the entry holds the graph: Python's collector does
+    not see such a circle.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, entry: Entry, parameter: Tensor) -> Tensor:
         """Return the parameter's values."""
-        ctx.entry = entry  # type: ignore[attr-defined]
+        ctx.entry = weakref.ref(entry)  # type: ignore[attr-defined]
         ctx.set_materialize_grads(False)
         return parameter.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
         """Pass the gradient on, noted."""
-        if grad is not None:
-            ctx.entry.note(grad)
+        entry: Entry | None = ctx.entry()
+        if grad is not None and entry is not None:
+            entry.note(grad)
         return None, grad
 
 

@@ -28,8 +28,9 @@ def keep(ids: Tensor, grads: Tensor, padding_idx: int | None, rows: int) -> Tens
 def embedding(captured: Captured) -> dict[str, Factor]:
     """`F.embedding`: every position reads one row."""
     weight = captured.shape("weight")
-    ids = captured.examples("input").reshape(captured.batch, -1)
-    grads = captured.grad.reshape(captured.batch, ids.shape[1], weight[1])
+    ids = captured.examples("input")
+    ids = ids.reshape(len(ids), ids.shape[1:].numel())  # not -1: the batch may be empty
+    grads = captured.grad.reshape(*ids.shape, weight[1])
     return {"weight": Rows(ids, keep(ids, grads, captured.option("padding_idx", None), weight[0]), weight)}
 
 

@@ -26,6 +26,8 @@ def general(captured: Captured) -> dict[Any, Factor]:
     """Per-example gradients of all wanted tensors of the call, by their numbers."""
     call, batch = captured.call, captured.batch
     wanted = list(call.slots)
+    if not batch:
+        return {i: Dense(widen(captured.tensors[i]).new_zeros(0, *captured.tensors[i].shape)) for i in wanted}
     rows: dict[int, Tensor] = {}  # what differs between examples, (B, *batch-of-one shape)
     fixed: dict[int, Tensor] = {}
     for index, kept in captured.tensors.items():
