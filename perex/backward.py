@@ -260,7 +260,7 @@ class Backwards:
             The gradients of the parameters that `sums` names.
         """
         if torch.is_grad_enabled():
-            if self.sharing:
+            if self.sharing or tapped.summed:
                 self.stop_sharing(tapped)
             with torch.no_grad():
                 return self.receive(tapped, saved, grads, sums)
@@ -363,7 +363,7 @@ class Backwards:
             raise UnsupportedError(
                 f"backward with create_graph=True: module '{tapped.call.where}' ran with parameters that have no graph "
                 "(earlier backwards needed none, and perex gave their gradients along with the norms). From now on "
-                "they have one: run the forward and this backward again"
+                "they have one: run the forward and this backward again, after zero_grad"
             )
 
     def factors(

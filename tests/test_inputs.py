@@ -164,3 +164,22 @@ def test_position_tables_are_not_multiplied_out():
     with perex.attach(model, param_grads=False) as px:
         px.backward(model(IDS, torch.arange(T)).sum((1, 2)))
     assert next(row.way for row in px.report().rows if row.parameters == ("position.weight",)) == "segments"
+
+
+@pytest.mark.parametrize("derived", ["rows of a table", "a scaled weight"])
+def test_gradient_hooks_on_derived_tensors_are_refused(derived):
+    """Their gradients are worked out for each example, where no hook runs."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.table = nn.Linear(6, 6), nn.Embedding(T, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tensor = self.table(torch.arange(T)) if derived == "rows of a table" else self.table.weight * 2
+            tensor.register_hook(lambda grad: 2 * grad)
+            return self.first(x) + tensor
+
+    model = Net()
+    with perex.attach(model), pytest.raises(perex.UnsupportedError, match="derived from parameters alone"):
+        model(torch.randn(3, T, 6))

@@ -6,6 +6,7 @@ import copy
 import gc
 import sys
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch.nn import functional as F
 
 import perex
 from perex.capture.forward import Forward
-from perex.capture.memo import MOST_PLACES
 from perex.capture.parameters import Entry
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "speed"))
@@ -158,15 +158,18 @@ def test_it_holds_on_to_nothing():
         assert [value for value in found if isinstance(value, Entry)]
 
 
-def test_parameters_that_are_ever_new_do_not_fill_it():
+def test_parameters_that_are_replaced_are_let_go():
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
-    x = torch.randn(B, 3)
+    x, gone = torch.randn(B, 3), []
     with perex.attach(model, audit=False) as px:
-        for _ in range(MOST_PLACES + 5):
+        for _ in range(9):
+            gone.append(weakref.ref(model[2].weight))
             model[2].weight = nn.Parameter(torch.randn(2, 5))
             px.backward(summed(model(x)))
-        torch.testing.assert_close(px.norms(), alone(copy.deepcopy(model), (x,), summed))
-        assert all(len(known.calls) <= MOST_PLACES for known in px._session.memo.known.values())
+            torch.testing.assert_close(px.norms(), alone(copy.deepcopy(model), (x,), summed))
+        gc.collect()
+        assert [ref() is not None for ref in gone] == [False] * 9
+        assert 0 < sum(len(known.calls) for known in px._session.memo.known.values()) <= 3
 
 
 def reachable(value: object) -> list[object]:

@@ -369,3 +369,34 @@ def test_norm_and_sum_in_blocks(block, monkeypatch):
     whole = left.mT @ right
     torch.testing.assert_close(norms, whole.flatten(1).square().sum(1))
     torch.testing.assert_close(total, whole.sum(0))
+
+
+def test_a_small_head_behind_layers_that_share_does_not_hide_that_gradients_have_no_graph():
+    """The first tap to run shares nothing; those behind it do."""
+    model = nn.Sequential(nn.Linear(130, 130), nn.ReLU(), nn.Linear(130, 130), nn.ReLU(), nn.Linear(130, 3)).double()
+    x = torch.randn(4, 256, 130).double()
+
+    def run(**options: bool) -> None:
+        model.zero_grad()
+        model(x).sin().flatten(1).sum(1).mean().backward(**options)
+
+    with perex.attach(model) as px:
+        for _ in range(4):
+            run()
+            px.norms()
+        assert any(known.call and known.call.sharing.names for known in px._session.memo.known.values())
+        with pytest.raises(perex.UnsupportedError, match="create_graph=True.*again"):
+            run(create_graph=True)
+        run(create_graph=True)
+    assert all(p.grad.requires_grad for p in model.parameters())
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(128, 128), lambda: nn.Conv1d(128, 128, 3, padding=1)])
+def test_reports_of_products_that_give_norms_and_gradients(make):
+    model, x = make(), torch.randn(4, 128, 128)
+    with perex.attach(model) as px:
+        for _ in range(4):
+            model(x).sin().mean().backward()
+            assert {row.operator for row in px.report().rows} <= {"linear", "conv1d"}
+        assert "with the sum" in px.report().rows[0].ways[0]

@@ -39,7 +39,7 @@ LITERALS = (int, float, bool, str, type(None))
 
 
 MOST_PLACES = 1024
-"""How many places of one form are remembered: parameters that are replaced in every step would fill the memory."""
+"""How many places of one form are remembered."""
 
 
 class Place(NamedTuple):
@@ -90,6 +90,11 @@ class Memo:
 
     def __init__(self) -> None:
         self.known: dict[Any, Known] = {}
+
+    def forget(self) -> None:
+        """Let go of parameters: some are the model's no more, and calls hold on to them."""
+        for known in self.known.values():
+            known.calls.clear()
 
     def form(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Labels, doubts: Doubts

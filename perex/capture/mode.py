@@ -170,6 +170,12 @@ class Capture(TorchFunctionMode):
             return self.doubts.branch(func, args, kwargs)
         if func in UNFOLLOWED:
             return doubts.unfollowed(func, args, kwargs)
+        if func is Tensor.register_hook and isinstance(labels.of(args[0]), Shared):
+            raise self.refuse.unsupported(
+                func,
+                "is called on a tensor derived from parameters alone, whose gradient perex works out for each example "
+                "by itself, past hooks. Put the hook on the parameter, or on what examples make of the tensor",
+            )
         if func is Tensor.register_hook:
             held, (hook,) = labels.held(args[0]), (*args[1:], *kwargs.values())
             if held is None:

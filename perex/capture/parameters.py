@@ -126,6 +126,7 @@ class Parameters:
         """By the identity of each parameter, and of the other tensor of a sharded one."""
         self.current: list[Entry] = []
         self.sharded = False  # whether the model turned out to be
+        self.gone = False  # whether a parameter is the model's no more, and somebody may still hold on to it
         try:
             self.refresh()
             self.check(params)
@@ -174,6 +175,7 @@ class Parameters:
                 found[key] = entry  # the whole of what is a shard now, or the other way round
             else:
                 self.unwatch(entry)
+                self.gone = True
         self.entries = found
         for entry in self:
             if entry.handle is None and entry.tracked:

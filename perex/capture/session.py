@@ -199,6 +199,9 @@ class Session:
         if not goes_on:
             if not recomputed:
                 self.parameters.begin()
+                if self.parameters.gone:
+                    self.parameters.gone = False
+                    self.memo.forget()
                 self.consumed = False
                 self.forwards += 1
             tracked = [entry for entry in self.parameters if entry.tracked]
@@ -330,6 +333,7 @@ class Session:
         if self.running:
             self.abort()
         self.parameters.release()
+        self.memo.forget()
         self.capture = self.root = None
 
 

@@ -69,13 +69,12 @@ def outline(factor: Factor) -> Outline:
         >>> outline(Dense(torch.zeros(5, 3))).factor().plan().flops
         30
     """
-    kind = type(factor)
+    kind: Any = type(factor)
     if kind not in KINDS:
         return Outline(kind, {})
     fields: dict[str, Any] = {}
-    for name, value in vars(factor).items():
-        if name == "total":  # no argument of its own, but what its norm has left
-            continue
+    for name in kind.__dataclass_fields__:  # not what its norm has left, or was asked to leave
+        value = getattr(factor, name)
         if isinstance(value, Tensor):
             value = Spec(value.shape, value.dtype, value.device.type)
         elif isinstance(value, Factor):

@@ -52,6 +52,9 @@ LANES = 16
 CALL, GROUPED_CALL = 6_000_000, 8_000_000
 """What a backend call for one or for several examples costs beside its arithmetic, in multiply-adds."""
 
+GRAM_CALLS = 6_000_000
+"""What the operators of a Gram matrix of positions cost beside their arithmetic, likewise."""
+
 FRESH = 2
 """By how much less than a block patches take: memory that is new to the process costs more than copying into it."""
 
@@ -140,6 +143,7 @@ def _unfolded(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
     found = _patches_multiplied(x, grads, geometry)
     if inner.way != "direct":
         found = _with_patches(x, grads, geometry, inner)
+        found = found._replace(calls=found.calls + GRAM_CALLS)
     return found._replace(way=f"unfolded, {inner.way}")
 
 
