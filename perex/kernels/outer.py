@@ -66,7 +66,7 @@ def _one_position(left: torch.Size, right: torch.Size) -> Plan | None:
 @NORMS.way("one position", _one_position, narrow=True)
 def one_position(left: Tensor, right: Tensor) -> Tensor:
     r"""$\|l\|^2 \|r\|^2$."""
-    return (squares(left, (2, 3)) * squares(right, (2, 3))).sum(1)
+    return (lengths(left, (2, 3)) * lengths(right, (2, 3))).square().sum(1)
 
 
 def _direct(left: torch.Size, right: torch.Size) -> Plan | None:
@@ -263,9 +263,14 @@ def gram_dot(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tenso
     return joined(parts)
 
 
+def lengths(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    r"""$(\sum |x|^2)^{1/2}$ over some dimensions, in float32 or better."""
+    return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float32 if x.dtype in HALVES else None)
+
+
 def squares(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    r"""$\sum |x|^2$ over a dimension, without a tensor of squares."""
-    return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float32 if x.dtype in HALVES else None).square()
+    r"""$\sum |x|^2$ over some dimensions, without a tensor of squares."""
+    return lengths(x, dim).square()
 
 
 def whole_squares(x: Tensor) -> Tensor:
