@@ -139,7 +139,7 @@ class Backwards:
             total = (self.scaled(losses) * weight).sum()
             total.backward(retain_graph=again)  # given gradients, torch would import sympy: 40 MB
         except RuntimeError as error:
-            if probe is None:
+            if probe is None or "inplace operation" in str(error):  # which any backward would have met
                 raise
             raise UnsupportedError(
                 f"the backward raised {error!r}, after perex had run it with other weights on the losses, as a check. "

@@ -112,3 +112,15 @@ def test_a_model_is_freed_with_its_tracker(param_grads, detach):
     refs = dropped()
     gc.collect()
     assert not [ref for ref in refs if ref() is not None]
+
+
+def test_a_tensor_changed_in_place_before_the_backward_is_torch_s_to_report():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    kept: list[Tensor] = []
+    model[1].register_forward_hook(lambda module, args, out: kept.append(out))
+    with perex.attach(model) as px:
+        losses = model(x).sum(1)
+        with torch.no_grad():
+            kept[0].zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            px.backward(losses)
