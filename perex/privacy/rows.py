@@ -1,0 +1,135 @@
+"""What a criterion is given: from which forward it is, and whose each row is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perex.capture.axis import Axis, Held
+from perex.capture.forward import Forward
+from perex.capture.suspects import nodes
+from perex.privacy.errors import PrivacyError
+
+Edges = Mapping[tuple[Any, int], Held]
+"""Where the examples are in a model's outputs, by node and place in the graph."""
+
+RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+"""Nodes that keep numbers in order, and know the shape they came in."""
+
+ROW_BY_ROW = {
+    f"{name}Backward0"
+    for name in ("ToCopy", "Clone", "Alias", "Neg", "Mul", "Div", "Exp", "Log", "Clamp", "LogSoftmax", "Softmax",
+                 "Sigmoid", "LogSigmoid", "Tanh")
+}  # fmt: skip
+"""Nodes that keep rows where they are."""
+
+
+def forwards_in(values: Iterable[Tensor], receiver: object) -> Iterator[Forward]:
+    """The forwards of one model in the graph of some tensors, one after the other, perhaps several times."""
+    for node in nodes(tensor.grad_fn for tensor in values):
+        tapped = getattr(node, "tapped", None)
+        if tapped is not None and tapped.forward.receiver is receiver:
+            yield tapped.forward
+
+
+def forwards_behind(values: Iterable[Tensor], receiver: object) -> set[Forward]:
+    """The forwards of one model that some tensors depend on."""
+    return set(forwards_in(values, receiver))
+
+
+class RowCheck:
+    """Refuses arguments of a criterion of whose rows perex would have to guess whose they are.
+
+    A tensor with a row for each example is taken for the examples'. One with several for each, one example's after the
+    other's, has to be a reshaped tensor of the examples, or to come beside outputs that are.
+    """
+
+    def __init__(self) -> None:
+        self.known: set[tuple[int, int]] = set()  # places whose tensors have turned out to be of the examples
+
+    def check(self, values: Sequence[Tensor], batch: int, edges: Edges) -> None:
+        """Raise if there is one.
+
+        Args:
+            values: all tensors that the criterion is given.
+            batch: number of examples.
+            edges: of the model's latest outputs.
+
+        Raises:
+            PrivacyError: a tensor's rows may be of other examples than their places say.
+        """
+        if batch < 2:  # all is the only example's
+            return
+        explained: set[int] = set()
+        for tensor in values:
+            if tensor.grad_fn is None or tensor.dim() == 0 or len(tensor) % batch:
+                continue
+            if len(tensor) > batch or (tensor.grad_fn, tensor.output_nr) in edges:
+                if not in_order(tensor, batch, edges):
+                    raise PrivacyError(unexplained(tensor, batch))
+                explained.add(len(tensor))
+        for place, tensor in enumerate(values):
+            if tensor.grad_fn is not None or tensor.dim() == 0 or len(tensor) % batch:
+                continue
+            if len(tensor) > batch and len(tensor) not in explained and not is_reshaped(tensor, batch):
+                raise PrivacyError(unexplained(tensor, batch))
+            if len(tensor) == batch and tensor.dim() == 1 and tensor.is_floating_point():
+                self.check_shared((len(values), place), values, tensor, batch)
+
+    def check_shared(self, place: tuple[int, int], values: Sequence[Tensor], tensor: Tensor, batch: int) -> None:
+        """Raise for a vector that may be of the examples, or of features of which there are as many."""
+        if not any(batch in other.shape[1:] for other in values if other is not tensor):
+            self.known.add(place)
+        elif place not in self.known:
+            raise PrivacyError(
+                f"criterion: a tensor of shape ({batch},) may be one number for each of the {batch} examples, or be "
+                f"shared by them, for another argument has {batch} columns. If it is shared, make it part of the "
+                "criterion (functools.partial, or an attribute); if not, give it a second dimension, "
+                "`.unsqueeze(1)`, or begin with a batch of another size"
+            )
+
+
+def in_order(tensor: Tensor, batch: int, edges: Edges) -> bool:
+    """Whether the rows of an output, or of what was made of it, are one example's after the other's."""
+    node, number = tensor.grad_fn, tensor.output_nr
+    while node is not None:
+        if (node, number) in edges:
+            return is_grouped(edges[node, number], batch)
+        sources = [source for source in node.next_functions if source[0] is not None]
+        if len(sources) != 1 or node.name() not in (*RESHAPES, *ROW_BY_ROW):
+            return False
+        if node.name() in RESHAPES and sources[0] not in edges:
+            if int(node._saved_self_sym_sizes[0]) == batch:  # type: ignore[attr-defined]
+                return True
+        node, number = sources[0]
+    return False
+
+
+def is_grouped(axis: Held, batch: int) -> bool:
+    """Whether rows are the first example's, then the second's, and so on, as many of each."""
+    if not isinstance(axis, Axis) or axis.dim:
+        return False
+    ids = axis.ids(batch)
+    return len(ids) % batch == 0 and torch.equal(ids, torch.arange(batch).repeat_interleave(len(ids) // batch))
+
+
+def is_reshaped(tensor: Tensor, batch: int) -> bool:
+    """Whether a tensor without a graph is all of another one, in order, that has a row for each example."""
+    base = tensor._base
+    if base is None or base.dim() == 0 or len(base) != batch or base.numel() != tensor.numel():
+        return False
+    return base.is_contiguous() and tensor.is_contiguous()
+
+
+def unexplained(tensor: Tensor, batch: int) -> str:
+    """What to say of one."""
+    made = f", made by {tensor.grad_fn.name()}," if tensor.grad_fn is not None else ""
+    return (
+        f"criterion: a tensor of shape {tuple(tensor.shape)}{made} has not one row for each of the {batch} examples, "
+        "in their order, and whose each of its rows is cannot be told: after a selection (`out[mask]`) an example may "
+        "have more rows than another. Hand over tensors (B, ...), or flatten these by `.view(-1, ...)`, and leave rows "
+        "out by ignore_index or by weights of zero; what all examples share can be part of the criterion"
+    )
