@@ -218,6 +218,7 @@ class PrivateBackward(Controller):
         scale = self.scale_of(losses.device)
         bounds = getattr(optimizer, "max_grad_norms", None)
         if self.overflowed(losses, bounds is not None):
+            optimizer.expect_whole()
             for parameter in optimizer.params:  # the scaler will see it, take no step, and scale less
                 parameter.grad = torch.full_like(parameter, torch.inf)
             optimizer.wrote(scale)
@@ -252,8 +253,8 @@ class PrivateBackward(Controller):
         ):
             return True
         raise PrivacyError(
-            f"loss.backward(): the gradients of {count} of {len(losses)} examples are not finite, so no clipping "
-            "bounds what they would do to the step. Nothing was written to `.grad`. It is often a 0/0 in the loss of "
+            f"loss.backward(): the gradients of {count} of {len(losses)} examples, or their squares, are not finite, so "
+            "no clipping bounds what they would do to the step. Nothing was written to `.grad`. It is often a 0/0 in the loss of "
             "an example alone, as the mean over targets that all have a class weight of zero, or an input that is not "
             "finite: leave such examples out of the data, or let the criterion return a zero for them"
         )

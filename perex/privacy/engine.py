@@ -191,7 +191,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "max_grad_norm: a number where clipping is 'flat', and where it is 'per_layer' a list of one for each "
                 f"of the {len(trained)} parameters that are trained"
             )
-        if not all(0 < float(bound) < math.inf for bound in bounds or [max_grad_norm]):  # type: ignore[arg-type]
+        given: list[Any] = [max_grad_norm] if bounds is None else list(bounds)
+        if not all(0 < float(bound) < math.inf for bound in given):
             raise ArgumentError(f"max_grad_norm={max_grad_norm!r}: a clip bound is a positive number")
         half = next((p for p in trained if p.dtype.itemsize < 4), None)
         if half is not None:

@@ -82,8 +82,8 @@ class Number(Tensor):
             out = func(*args, **(kwargs or {}))
             if not isinstance(out, Tensor) or isinstance(out, Number) and func not in UNTAGGED:
                 return out
-            is_number = torch.is_grad_enabled() and out.is_floating_point() and out.numel() == 1
-            if is_number and not out.requires_grad and func not in UNTAGGED:
+            loose = out.is_floating_point() and not out.requires_grad and torch.is_grad_enabled()
+            if loose and func not in UNTAGGED:
                 return out.as_subclass(Number)
             return out.as_subclass(Tensor) if isinstance(out, Number) else out
 
@@ -267,7 +267,14 @@ class PrivateCriterion:
         """
         values = tensors((args, kwargs))
         batch = self._origin.batch_of(values)
-        self._rows.check(values, batch, self._origin.edges())
+        rows = {len(value) for value in values if value.grad_fn is not None and value.dim()}
+        if batch > 1 and rows == {1}:
+            raise PrivacyError(
+                f"criterion: the model's output has one row, but its inputs were taken for {batch} examples, as many as "
+                "another one than the first has rows. Let the model hold what all examples share, and let every other "
+                "input have the examples in the same dimension; or leave out batches of one"
+            )
+        self._losses.refusals = self._rows.refusals(values, batch, self._origin.edges())
         losses = self._losses(args, kwargs, batch)
         if not losses.requires_grad:
             raise LossError("criterion: the losses do not depend on the private model's outputs, or grad is off")

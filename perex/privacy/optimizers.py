@@ -69,6 +69,15 @@ class PrivateSteps:
                 "criterion's loss backward, and leave `.grad` alone"
             )
 
+    def expect_whole(self) -> None:
+        """Raise if a scaler would leave out the step of a part of a logical batch: later parts would be miscounted."""
+        if self._step_skip_queue or self._sums:  # type: ignore[attr-defined]
+            raise PrivacyError(
+                "loss.backward(): a gradient is not finite with the scaler's scale, in a part of a logical batch, of "
+                "which the scaler would leave out the step. Begin with a smaller GradScaler(init_scale=...), or "
+                "compute in bfloat16 without a scaler"
+            )
+
     def wrote(self, scale: Tensor) -> None:
         """Take up that a private backward has added to `.grad`, which is scaled so."""
         self._ready, self._scale = True, scale
@@ -189,10 +198,9 @@ def local(tensor: Any) -> Tensor:
 def unscaled(tensor: Tensor, scale: Tensor) -> Tensor:
     """A copy of a gradient after what a `GradScaler` does to it, to the bit."""
     copied = tensor.clone()
-    inverse, found = scale.double().reciprocal().float(), torch.zeros_like(scale, dtype=torch.float32)
-    torch._amp_foreach_non_finite_check_and_unscale_(
-        [local(copied)], found.to(copied.device), inverse.to(copied.device)
-    )
+    inverse = scale.double().reciprocal().float().to(copied.device)
+    found = torch.zeros_like(inverse)
+    torch._amp_foreach_non_finite_check_and_unscale_([local(copied)], found, inverse)
     return copied
 
 

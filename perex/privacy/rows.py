@@ -41,7 +41,7 @@ def forwards_behind(values: Iterable[Tensor], receiver: object) -> set[Forward]:
 
 
 class RowCheck:
-    """Refuses arguments of a criterion of whose rows perex would have to guess whose they are.
+    """Finds arguments of a criterion of whose rows perex would have to guess whose they are.
 
     A tensor with a row for each example is taken for the examples'. One with several for each, one example's after the
     other's, has to be a reshaped tensor of the examples, or to come beside outputs that are.
@@ -50,46 +50,38 @@ class RowCheck:
     def __init__(self) -> None:
         self.known: set[tuple[int, int]] = set()  # places whose tensors have turned out to be of the examples
 
-    def check(self, values: Sequence[Tensor], batch: int, edges: Edges) -> None:
-        """Raise if there is one.
+    def refusals(self, values: Sequence[Tensor], batch: int, edges: Edges) -> dict[int, Exception]:
+        """Those tensors, by their id, and what their use is to raise.
 
         Args:
             values: all tensors that the criterion is given.
             batch: number of examples.
             edges: of the model's latest outputs.
-
-        Raises:
-            PrivacyError: a tensor's rows may be of other examples than their places say.
         """
+        refused: dict[int, Exception] = {}
         if batch < 2:  # all is the only example's
-            return
+            return refused
         explained: set[int] = set()
-        for tensor in values:
-            if tensor.grad_fn is None or tensor.dim() == 0 or len(tensor) % batch:
+        with_rows = [tensor for tensor in values if tensor.dim() and len(tensor) and len(tensor) % batch == 0]
+        for tensor in with_rows:
+            if tensor.grad_fn is None or len(tensor) == batch and (tensor.grad_fn, tensor.output_nr) not in edges:
                 continue
-            if len(tensor) > batch or (tensor.grad_fn, tensor.output_nr) in edges:
-                if not in_order(tensor, batch, edges):
-                    raise PrivacyError(unexplained(tensor, batch))
+            if in_order(tensor, batch, edges):
                 explained.add(len(tensor))
+            else:
+                refused[id(tensor)] = PrivacyError(unexplained(tensor, batch))
+        for tensor in with_rows:
+            if tensor.grad_fn is None and len(tensor) > batch and len(tensor) not in explained:
+                if not is_reshaped(tensor, batch):
+                    refused[id(tensor)] = PrivacyError(unexplained(tensor, batch))
         for place, tensor in enumerate(values):
-            if tensor.grad_fn is not None or tensor.dim() == 0 or len(tensor) % batch:
-                continue
-            if len(tensor) > batch and len(tensor) not in explained and not is_reshaped(tensor, batch):
-                raise PrivacyError(unexplained(tensor, batch))
-            if len(tensor) == batch and tensor.dim() == 1 and tensor.is_floating_point():
-                self.check_shared((len(values), place), values, tensor, batch)
-
-    def check_shared(self, place: tuple[int, int], values: Sequence[Tensor], tensor: Tensor, batch: int) -> None:
-        """Raise for a vector that may be of the examples, or of features of which there are as many."""
-        if not any(batch in other.shape[1:] for other in values if other is not tensor):
-            self.known.add(place)
-        elif place not in self.known:
-            raise PrivacyError(
-                f"criterion: a tensor of shape ({batch},) may be one number for each of the {batch} examples, or be "
-                f"shared by them, for another argument has {batch} columns. If it is shared, make it part of the "
-                "criterion (functools.partial, or an attribute); if not, give it a second dimension, "
-                "`.unsqueeze(1)`, or begin with a batch of another size"
-            )
+            if tensor.grad_fn is None and tensor.shape == (batch,) and tensor.is_floating_point():
+                if any(batch in other.shape[1:] for other in values if other is not tensor):
+                    if (len(values), place) not in self.known:
+                        refused[id(tensor)] = PrivacyError(ambiguous(batch))
+                else:
+                    self.known.add((len(values), place))
+        return refused
 
 
 def in_order(tensor: Tensor, batch: int, edges: Edges) -> bool:
@@ -132,4 +124,14 @@ def unexplained(tensor: Tensor, batch: int) -> str:
         "in their order, and whose each of its rows is cannot be told: after a selection (`out[mask]`) an example may "
         "have more rows than another. Hand over tensors (B, ...), or flatten these by `.view(-1, ...)`, and leave rows "
         "out by ignore_index or by weights of zero; what all examples share can be part of the criterion"
+    )
+
+
+def ambiguous(batch: int) -> str:
+    """What to say of a vector that may be of the examples, or of features of which there are as many."""
+    return (
+        f"criterion: a tensor of shape ({batch},) may be one number for each of the {batch} examples, or be shared by "
+        f"them, for another argument has {batch} columns. If it is shared, make it part of the criterion "
+        "(functools.partial, or an attribute); if not, give it a second dimension, `.unsqueeze(1)`, or begin with a "
+        "batch of another size"
     )

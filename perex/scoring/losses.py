@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class PerExampleLosses:
         self.loss_fn = loss_fn
         self.flattened = flattened
         self.advice = advice
+        self.refusals: Mapping[int, Exception] = {}  # by the id of a tensor, what its use raises
         self.at_once: bool | None = None  # not known before the first batch
 
     def __call__(self, output: Any, target: Any, batch_size: int) -> Tensor:
@@ -99,7 +100,7 @@ class PerExampleLosses:
         return loss.sum()
 
     def _is_per_example(self, leaf: Any, batch_size: int) -> bool:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or id(leaf) in self.refusals:
             return False
         several = self.flattened and batch_size > 0 and len(leaf) > batch_size and len(leaf) % batch_size == 0
         return len(leaf) == batch_size or several
@@ -122,8 +123,9 @@ class PerExampleLosses:
             if self._is_per_example(leaf, batch_size):
                 return next(batches_of_one)
             barred = torch.empty(0).as_subclass(_NotPerExample)
-            barred.__dict__["what"] = _describe(leaf)
-            barred.__dict__["advice"] = self.advice
+            barred.__dict__["error"] = self.refusals.get(id(leaf)) or ScoringError(
+                f"loss_fn uses {_describe(leaf)}, which has no row for each example; {self.advice}"
+            )
             return barred
 
         return map_leaves(change, tree)
@@ -132,19 +134,19 @@ class PerExampleLosses:
 class _NotPerExample(Tensor):
     """Stands in for a part of the output or target without a row for each example: any use is refused."""
 
-    what: str
-    advice: str
+    error: Exception
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own = next(arg.__dict__ for arg in leaves((args, kwargs or {})) if isinstance(arg, cls))
-        raise ScoringError(f"loss_fn uses {own['what']}, which has no row for each example; {own['advice']}")
+        raise next(arg.__dict__["error"] for arg in leaves((args, kwargs or {})) if isinstance(arg, cls))
 
 
 def _nobodys(found: list[Tensor]) -> Tensor:
     """The losses of no example, `(0,)`, with the graph of all that has one."""
     tensors = [tensor for tensor in found if tensor.is_floating_point()]
     wanted = [tensor for tensor in tensors if tensor.requires_grad] or tensors[:1]
+    if not wanted:
+        raise ScoringError("an empty batch's output holds no tensor of floating-point numbers without rows")
     sums = [tensor.sum(tuple(range(1, tensor.dim()))) if tensor.dim() > 1 else tensor for tensor in wanted]
     return sum(sums[1:], sums[0])  # of a dtype each, perhaps
 
