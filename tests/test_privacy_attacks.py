@@ -74,6 +74,42 @@ def test_a_siamese_network_and_a_sum_with_its_sides():
     torch.testing.assert_close(grads(model), expected)
 
 
+@pytest.mark.parametrize("case", ["alone", "after another batch", "after another backward", "before another forward"])
+def test_examples_that_mix_between_the_model_and_the_criterion(case):
+    """It is looked at in every batch, unless what was done with the outputs tells."""
+    model, x, criterion, y = simple()
+    model, optimizer, loss_of, _ = private(model, criterion)
+    first, out = model(x), model(x + 1)
+    if case == "after another batch":
+        loss_of(model(x), y).backward()
+        out = model(x)
+    elif case != "alone":
+        if case == "before another forward":
+            model(x)
+        loss_of(first, y).backward()
+    with pytest.raises(perex.ExamplesMixError):
+        loss_of(out - out.mean(0), y).backward()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda out: out.unsqueeze(1)[:, 0].log_softmax(-1),
+        lambda out: out.softmax(1) + out.tanh() * 2,
+        lambda out: torch.stack([out, out * 2], 1).mean(1),
+        lambda out: out[:, :2].sum(1, keepdim=True).expand(-1, 3),
+    ],
+)
+def test_outputs_that_are_worked_on_row_by_row(function):
+    model, x, criterion, y = simple()
+    expected = clipped_sum(lambda: copy.deepcopy(model), lambda out, y: criterion(function(out), y), x, y)
+    model, optimizer, loss_of, _ = private(model, criterion)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(function(model(x)), y).backward()
+        torch.testing.assert_close(grads(model), expected)
+
+
 # A scaler
 
 

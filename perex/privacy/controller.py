@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perex.attaching import attach
+from perex.capture.forward import Forward
 from perex.capture.hooks import Hook
 from perex.errors import ArgumentError
 from perex.privacy.errors import BatchStatisticsError, PrivacyError
@@ -194,9 +196,11 @@ class PrivateBackward(Controller):
         """Who hears of the model's forwards."""
         return self.px._backwards
 
-    def number(self) -> int:
-        """The number of the latest forward."""
-        return self.px.forwards
+    def latest(self) -> Forward:
+        """The latest forward."""
+        found = self.px._backwards.latest
+        assert found is not None
+        return found
 
     def is_scale(self, factor: Tensor) -> bool:
         """Whether a factor is what the scaler multiplies losses by."""
@@ -210,10 +214,20 @@ class PrivateBackward(Controller):
 
     # The backward
 
-    def backward(self, losses: Tensor) -> None:
-        """Run the backward of the examples' losses, and add their clipped gradients to `.grad`."""
+    def backward(self, losses: Tensor, forwards: frozenset[Forward], doubtful: bool) -> None:
+        """Run the backward of the examples' losses, and add their clipped gradients to `.grad`.
+
+        Args:
+            losses: `(B,)`.
+            forwards: that they are of; others may have come before, between and after.
+            doubtful: whether examples may be mixed between the model and the losses: then that is looked at again.
+        """
         optimizer: Any = self.optimizer
         optimizer.expect_none("loss.backward()")
+        backwards = self.px._backwards
+        backwards.pending = [weakref.ref(forward) for forward in sorted(forwards, key=lambda one: one.number)]
+        if doubtful:
+            backwards.audited.clear()
         self.px.backward(losses)
         scale = self.scale_of(losses.device)
         bounds = getattr(optimizer, "max_grad_norms", None)
@@ -253,10 +267,10 @@ class PrivateBackward(Controller):
         ):
             return True
         raise PrivacyError(
-            f"loss.backward(): the gradients of {count} of {len(losses)} examples, or their squares, are not finite, so "
-            "no clipping bounds what they would do to the step. Nothing was written to `.grad`. It is often a 0/0 in the loss of "
-            "an example alone, as the mean over targets that all have a class weight of zero, or an input that is not "
-            "finite: leave such examples out of the data, or let the criterion return a zero for them"
+            f"loss.backward(): the gradients of {count} of {len(losses)} examples, or their squares, are not finite, "
+            "so no clipping bounds what they would do to the step. Nothing was written to `.grad`. It is often a 0/0 "
+            "in the loss of an example alone, as the mean over targets that all have a class weight of zero, or an "
+            "input that is not finite: leave such examples out, or let the criterion return a zero for them"
         )
 
     def averages(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from perex.capture.forward import Forward
 from perex.errors import LossError
 from perex.privacy.errors import PrivacyError
 from perex.privacy.rows import RowCheck, forwards_behind
@@ -59,8 +60,8 @@ class Origin(Protocol):
     def edges(self) -> Any:
         """Where the examples are in the model's latest outputs, by their place in the graph."""
 
-    def number(self) -> int:
-        """The number of the latest forward."""
+    def latest(self) -> Forward:
+        """The latest forward."""
 
     def receiver(self) -> object:
         """Who hears of the model's forwards."""
@@ -68,8 +69,8 @@ class Origin(Protocol):
     def is_scale(self, factor: Tensor) -> bool:
         """Whether a factor is what the scaler multiplies losses by."""
 
-    def backward(self, losses: Tensor) -> None:
-        """Run the backward of the examples' losses."""
+    def backward(self, losses: Tensor, forwards: frozenset[Forward], doubtful: bool) -> None:
+        """Run the backward of the examples' losses, of some forwards; see `RowCheck.doubtful`."""
 
 
 class Number(Tensor):
@@ -130,14 +131,23 @@ class PrivateLoss(Number):
 
     losses: Tensor
     _origin: Origin
-    _forwards: frozenset[int]
+    _forwards: frozenset[Forward]
+    _doubtful: bool
     _scaled: bool
 
     @staticmethod
-    def of(losses: Tensor, value: Tensor, origin: Origin, forwards: frozenset[int], scaled: bool = False) -> Any:
+    def of(
+        losses: Tensor,
+        value: Tensor,
+        origin: Origin,
+        forwards: frozenset[Forward],
+        doubtful: bool,
+        scaled: bool = False,
+    ) -> Any:
         """Make one of the losses of a batch, the number that they are shown as, and where they come from."""
         loss = value.as_subclass(PrivateLoss)
-        loss.losses, loss._origin, loss._forwards, loss._scaled = losses, origin, forwards, scaled
+        loss.losses, loss._origin, loss._forwards = losses, origin, forwards
+        loss._doubtful, loss._scaled = doubtful, scaled
         return loss
 
     @classmethod
@@ -158,7 +168,8 @@ class PrivateLoss(Number):
         loss = args[0]
         with torch._C.DisableTorchFunctionSubclass():
             loss.copy_(combined)
-        loss.losses, loss._forwards, loss._scaled = combined.losses, combined._forwards, combined._scaled
+        loss.losses, loss._forwards = combined.losses, combined._forwards
+        loss._doubtful, loss._scaled = combined._doubtful, combined._scaled
         return loss
 
     def backward(
@@ -173,7 +184,7 @@ class PrivateLoss(Number):
         """
         if gradient is not None or retain_graph or create_graph or inputs is not None:
             raise PrivacyError("loss.backward: takes no arguments where training is private; multiply the loss instead")
-        self._origin.backward(self.losses)
+        self._origin.backward(self.losses, self._forwards, self._doubtful)
 
 
 AUGMENTED = ("__imul__", "__itruediv__", "__iadd__", "__isub__")
@@ -183,7 +194,7 @@ IN_PLACE = ("mul_", "div_", "add_", "sub_")
 def combine(known: Callable[..., Any], args: Sequence[Any]) -> Any:
     """The private loss that an operator of `LINEAR` makes of losses and numbers."""
     one, *others = (arg for arg in args if isinstance(arg, PrivateLoss))
-    forwards, scaled = one._forwards, one._scaled
+    forwards, doubtful, scaled = one._forwards, one._doubtful, one._scaled
     multiplies = known in (operator.mul, operator.truediv)
     parts: list[Any] = []
     for arg in args:
@@ -196,7 +207,7 @@ def combine(known: Callable[..., Any], args: Sequence[Any]) -> Any:
                 raise PrivacyError(f"loss: of {len(one.losses)} and of {len(arg.losses)} examples do not add up")
             if arg._scaled != one._scaled:
                 raise PrivacyError("loss: one was scaled by the scaler and another was not: scale their sum")
-            forwards |= arg._forwards
+            forwards, doubtful = forwards | arg._forwards, doubtful or arg._doubtful
             parts.append(arg.losses)
         elif isinstance(arg, Number):
             raise PrivacyError(
@@ -222,7 +233,7 @@ def combine(known: Callable[..., Any], args: Sequence[Any]) -> Any:
         else:
             parts.append(arg)
     value = known(*(plain(arg) if isinstance(arg, Tensor) else arg for arg in args))
-    return PrivateLoss.of(known(*parts), value.detach(), one._origin, forwards, scaled)
+    return PrivateLoss.of(known(*parts), value.detach(), one._origin, forwards, doubtful, scaled)
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -270,9 +281,9 @@ class PrivateCriterion:
         rows = {len(value) for value in values if value.grad_fn is not None and value.dim()}
         if batch > 1 and rows == {1}:
             raise PrivacyError(
-                f"criterion: the model's output has one row, but its inputs were taken for {batch} examples, as many as "
-                "another one than the first has rows. Let the model hold what all examples share, and let every other "
-                "input have the examples in the same dimension; or leave out batches of one"
+                f"criterion: the model's output has one row, but its inputs were taken for {batch} examples, as many "
+                "as another one than the first has rows. Let the model hold what all examples share, and let every "
+                "other input have the examples in the same dimension; or leave out batches of one"
             )
         self._losses.refusals = self._rows.refusals(values, batch, self._origin.edges())
         losses = self._losses(args, kwargs, batch)
@@ -281,9 +292,9 @@ class PrivateCriterion:
         value = losses.detach().sum()
         if self.reduction == "mean" and len(losses):
             value = value / len(losses)
-        forwards = forwards_behind([losses], self._origin.receiver())
-        numbers = frozenset(forward.number for forward in forwards) or frozenset((self._origin.number(),))
-        loss: PrivateLoss = PrivateLoss.of(losses, value, self._origin, numbers)
+        forwards = forwards_behind([losses], self._origin.receiver()) or {self._origin.latest()}
+        made = PrivateLoss.of(losses, value, self._origin, frozenset(forwards), self._rows.doubtful)
+        loss: PrivateLoss = made
         return loss
 
 

@@ -21,10 +21,29 @@ RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 
 ROW_BY_ROW = {
     f"{name}Backward0"
-    for name in ("ToCopy", "Clone", "Alias", "Neg", "Mul", "Div", "Exp", "Log", "Clamp", "LogSoftmax", "Softmax",
-                 "Sigmoid", "LogSigmoid", "Tanh")
-}  # fmt: skip
+    for name in (
+        "ToCopy",
+        "Clone",
+        "Alias",
+        "Neg",
+        "Mul",
+        "Div",
+        "Exp",
+        "Log",
+        "Clamp",
+        "Sigmoid",
+        "LogSigmoid",
+        "Tanh",
+    )
+}
 """Nodes that keep rows where they are."""
+
+BY_DIMENSION = ("LogSoftmaxBackward0", "SoftmaxBackward0", "SelectBackward0", "SliceBackward0", "SqueezeBackward1",
+                "SumBackward1", "MeanBackward1")  # fmt: skip
+"""Nodes that work along dimensions, which they know."""
+
+TOGETHER = ("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0")
+"""Nodes that keep rows where they are, of several tensors."""
 
 
 def forwards_in(values: Iterable[Tensor], receiver: object) -> Iterator[Forward]:
@@ -49,6 +68,7 @@ class RowCheck:
 
     def __init__(self) -> None:
         self.known: set[tuple[int, int]] = set()  # places whose tensors have turned out to be of the examples
+        self.doubtful = False  # whether examples may be mixed between the model and the latest arguments
 
     def refusals(self, values: Sequence[Tensor], batch: int, edges: Edges) -> dict[int, Exception]:
         """Those tensors, by their id, and what their use is to raise.
@@ -59,8 +79,10 @@ class RowCheck:
             edges: of the model's latest outputs.
         """
         refused: dict[int, Exception] = {}
+        self.doubtful = False
         if batch < 2:  # all is the only example's
             return refused
+        self.doubtful = not all(is_apart(tensor, batch, edges) for tensor in values if tensor.grad_fn is not None)
         explained: set[int] = set()
         with_rows = [tensor for tensor in values if tensor.dim() and len(tensor) and len(tensor) % batch == 0]
         for tensor in with_rows:
@@ -91,13 +113,41 @@ def in_order(tensor: Tensor, batch: int, edges: Edges) -> bool:
         if (node, number) in edges:
             return is_grouped(edges[node, number], batch)
         sources = [source for source in node.next_functions if source[0] is not None]
-        if len(sources) != 1 or node.name() not in (*RESHAPES, *ROW_BY_ROW):
+        if len(sources) != 1 or node.name() not in (*RESHAPES, *ROW_BY_ROW) and not is_along_others(node):
             return False
         if node.name() in RESHAPES and sources[0] not in edges:
             if int(node._saved_self_sym_sizes[0]) == batch:  # type: ignore[attr-defined]
                 return True
         node, number = sources[0]
     return False
+
+
+def is_apart(tensor: Tensor, batch: int, edges: Edges) -> bool:
+    """Whether each row of an output, or of what was made of it, is certain to be of one example alone."""
+    waiting = [(tensor.grad_fn, tensor.output_nr)]
+    while waiting:
+        node, number = waiting.pop()
+        if (node, number) in edges:
+            if not is_grouped(edges[node, number], batch):
+                return False
+            continue
+        sources = [source for source in node.next_functions if source[0] is not None] if node is not None else []
+        if node is None or not sources or len(sources) > 1 and node.name() not in TOGETHER:
+            return False
+        if node.name() not in (*RESHAPES, *ROW_BY_ROW, *TOGETHER) and not is_along_others(node):
+            return False
+        waiting += sources
+    return True
+
+
+def is_along_others(node: Any) -> bool:
+    """Whether a node works along other dimensions than the first."""
+    if node.name() not in BY_DIMENSION:
+        return False
+    dims = node._saved_dim if isinstance(node._saved_dim, tuple) else (node._saved_dim,)
+    sizes = node._saved_result.shape if hasattr(node, "_saved_result") else node._saved_self_sym_sizes
+    signed = [dim - 2**64 if dim >= 2**63 else dim for dim in dims]
+    return bool(dims) and all(dim % len(sizes) for dim in signed)
 
 
 def is_grouped(axis: Held, batch: int) -> bool:
