@@ -25,15 +25,17 @@ NOT_PRIVATE = (
 class PrivateSteps:
     """What all private optimizers do beside adding noise, which Opacus does: refuse gradients that are not private.
 
-    Clipped sums are written to `.grad` by a private backward, which tells `wrote`: a copy is held, and it is the copy
-    to which noise is added. Whatever else writes to `.grad` (another loss, a use of a parameter outside the model,
-    clipping of the whole batch's gradient) is noticed before the step. Sums without noise are never left on parameters.
+    Clipped sums are written to `.grad` by a private backward, which tells `wrote`. Whatever else writes there (another
+    loss, a use of a parameter outside the model, clipping of the whole batch's gradient) is noticed before the step: by
+    the tensor's version and norm, or, where a scaler is to divide it, by a copy. Sums without noise are never left on
+    parameters once they are taken up.
     """
 
     params: list[nn.Parameter]
     original_optimizer: Any
     noise_multiplier: float
     _held: dict[nn.Parameter, Tensor]  # what `.grad` is to be
+    _stamps: dict[nn.Parameter, tuple[int, float]]  # of these, unless they are copies
     _sums: dict[nn.Parameter, Tensor]  # of a logical batch
     _scale: Tensor  # of `_held`
     _ready = False
@@ -52,11 +54,18 @@ class PrivateSteps:
 
     def foreign(self, expected: dict[nn.Parameter, Tensor]) -> Iterator[nn.Parameter]:
         """The parameters that have another gradient than expected, or than none."""
-        for parameter in self.params:
-            grad, known = parameter.grad, expected.get(parameter)
-            if grad is not None and not (known is not None and torch.equal(local(grad), local(known))):
-                if bool((local(grad) != 0).any()):
-                    yield parameter
+        found = {p: p.grad for p in self.params if p.grad is not None}
+        stamps = {} if self.scaled else stamps_of(found)
+        for parameter, grad in found.items():
+            known = expected.get(parameter)
+            if known is not None and (
+                torch.equal(local(grad), local(known))
+                if self.scaled
+                else grad is known and stamps[parameter] == self._stamps[parameter]
+            ):
+                continue
+            if bool((local(grad) != 0).any()):
+                yield parameter
 
     def expect_none(self, what: str, expected: dict[nn.Parameter, Tensor] | None = None) -> None:
         """Raise if a gradient is there that was not clipped one by one."""
@@ -82,7 +91,8 @@ class PrivateSteps:
         """Take up that a private backward has added to `.grad`, which is scaled so."""
         self._ready, self._scale = True, scale
         self._backwards += 1
-        self._held = {p: p.grad.detach().clone() for p in self.params if p.grad is not None}
+        self._held = {p: p.grad.clone() if self.scaled else p.grad for p in self.params if p.grad is not None}
+        self._stamps = {} if self.scaled else stamps_of(self._held)
 
     def forget(self) -> None:
         """Let go of all that no noise was added to."""
@@ -187,6 +197,14 @@ class PrivateSteps:
             "add_param_group: only the parameters that the optimizer had when it was made private are clipped. Give it "
             "all of them before, frozen ones too, or call make_private again with the optimizer that has them"
         )
+
+
+def stamps_of(grads: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, tuple[int, float]]:
+    """The version and the norm of gradients; not all that changes one changes its version."""
+    norms = torch._foreach_norm([local(grad.detach()) for grad in grads.values()]) if grads else ()
+    kind = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize, default=torch.float32)
+    numbers = torch.stack([norm.to(norms[0].device, kind) for norm in norms]).tolist() if norms else []
+    return {p: (grad._version, number) for (p, grad), number in zip(grads.items(), numbers, strict=True)}
 
 
 def local(tensor: Any) -> Tensor:
