@@ -79,13 +79,13 @@ def test_examples_that_mix_between_the_model_and_the_criterion(case):
     """It is looked at in every batch, unless what was done with the outputs tells."""
     model, x, criterion, y = simple()
     model, optimizer, loss_of, _ = private(model, criterion)
-    first, out = model(x), model(x + 1)
+    first = model(x)
     if case == "after another batch":
-        loss_of(model(x), y).backward()
-        out = model(x)
-    elif case != "alone":
-        if case == "before another forward":
-            model(x)
+        loss_of(first, y).backward()
+    out = model(x + 1)
+    if case == "before another forward":
+        model(x)
+    if case in ("after another backward", "before another forward"):
         loss_of(first, y).backward()
     with pytest.raises(perex.ExamplesMixError):
         loss_of(out - out.mean(0), y).backward()
