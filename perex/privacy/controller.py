@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from perex.attaching import attach
+from perex.capture.forward import Forward
+from perex.capture.hooks import Hook
 from perex.errors import ArgumentError
+from perex.privacy.errors import BatchStatisticsError, PrivacyError
 from perex.privacy.optimizers import PrivateSteps, ShardedPrivateOptimizer
+from perex.privacy.rows import Edges, forwards_in
 from perex.tracker import Tracker
 
 
@@ -119,8 +124,8 @@ class Controller:
         """Leave the model as it was."""
         self.px.detach()
         for parameter in self.module.parameters():
-            if hasattr(parameter, "grad_sample"):
-                del parameter.grad_sample
+            for name in ("grad_sample", "summed_grad"):  # Opacus's
+                vars(parameter).pop(name, None)
 
 
 class PrivateBackward(Controller):
@@ -158,34 +163,141 @@ class PrivateBackward(Controller):
             grad_scaler=grad_scaler,
             memory=memory,
         )
+        self._handles = [
+            child.register_forward_pre_hook(Hook(self.entered, path), prepend=True)
+            for path, child in module.named_modules()
+            if child is module or keeps_statistics(child)  # the model's own keeps this controller alive, too
+        ]
 
-    def batch_size(self) -> int:
-        """Number of examples in the latest forward."""
-        return self.px.batch_size
+    def entered(self, path: str, module: nn.Module, inputs: Any) -> None:
+        """Before a module's forward: refuse to put statistics of the batch into buffers."""
+        if torch.is_grad_enabled() and module.training and keeps_statistics(module):
+            raise BatchStatisticsError(running_statistics(path, module))
 
-    def number(self) -> int:
-        """The number of the latest forward."""
-        return self.px.forwards
+    # What losses ask for
 
-    def backward(self, losses: Tensor) -> None:
-        """Run the backward of the examples' losses, and add their clipped gradients to `.grad`."""
+    def batch_of(self, values: Sequence[Tensor]) -> int:
+        """The number of examples in the forward that made some outputs; without one, in the latest."""
+        made = [next(forwards_in([value], self.receiver()), None) for value in values if value.grad_fn is not None]
+        sizes = sorted({forward.batch for forward in made if forward is not None})
+        if len(sizes) > 1:
+            raise PrivacyError(
+                f"criterion: its arguments are of forwards of {' and '.join(map(str, sizes))} examples. In one call, "
+                "they have to be of the same examples, as the two sides of a siamese network are"
+            )
+        return sizes[0] if sizes else self.px.batch_size
+
+    def edges(self) -> Edges:
+        """Where the examples are in the model's latest outputs, by their place in the graph."""
+        forwards = self.px._session.outputs.edges
+        return {(output.edge.node, output.edge.output_nr): output.axis for _, outputs in forwards for output in outputs}
+
+    def receiver(self) -> object:
+        """Who hears of the model's forwards."""
+        return self.px._backwards
+
+    def latest(self) -> Forward:
+        """The latest forward."""
+        found = self.px._backwards.latest
+        assert found is not None
+        return found
+
+    def is_scale(self, factor: Tensor) -> bool:
+        """Whether a factor is what the scaler multiplies losses by."""
+        return self.grad_scaler is not None and bool(factor.detach() == self.scale_of(factor.device))
+
+    def scale_of(self, device: torch.device) -> Tensor:
+        """What the scaler multiplies losses by; one without a scaler."""
+        one = torch.ones((), device=device)
+        found: Tensor = one if self.grad_scaler is None else self.grad_scaler.scale(one)
+        return found
+
+    # The backward
+
+    def backward(self, losses: Tensor, forwards: frozenset[Forward], doubtful: bool) -> None:
+        """Run the backward of the examples' losses, and add their clipped gradients to `.grad`.
+
+        Args:
+            losses: `(B,)`.
+            forwards: that they are of; others may have come before, between and after.
+            doubtful: whether examples may be mixed between the model and the losses: then that is looked at again.
+        """
         optimizer: Any = self.optimizer
         optimizer.expect_none("loss.backward()")
-        scaling: float | Tensor = 1.0
-        if self.grad_scaler is not None:  # the losses are scaled, which the tracker does by itself
-            scaling = self.grad_scaler.scale(torch.ones((), device=losses.device))
-            losses = losses / scaling
+        backwards = self.px._backwards
+        backwards.pending = [weakref.ref(forward) for forward in sorted(forwards, key=lambda one: one.number)]
+        if doubtful:
+            backwards.audited.clear()
         self.px.backward(losses)
-        share = scaling / optimizer.world_size if self.averages() else scaling
+        scale = self.scale_of(losses.device)
         bounds = getattr(optimizer, "max_grad_norms", None)
+        if self.overflowed(losses, bounds is not None):
+            optimizer.expect_whole()
+            for parameter in optimizer.params:  # the scaler will see it, take no step, and scale less
+                parameter.grad = torch.full_like(parameter, torch.inf)
+            optimizer.wrote(scale)
+            return
+        scaling: float | Tensor = 1.0 if self.grad_scaler is None else scale
+        share = scaling / optimizer.world_size if self.averages() else scaling
         if bounds is None:
             self.px.clip_(float(optimizer.max_grad_norm), scale=share)
         else:
             names = {id(parameter): name for name, parameter in self.module.named_parameters()}
             pairs = zip(optimizer.params, bounds, strict=True)
             self.px.clip_({names[id(p)]: float(bound) for p, bound in pairs}, by="parameter", scale=share)
-        optimizer.wrote()
+        optimizer.wrote(scale)
+
+    def overflowed(self, losses: Tensor, by_parameter: bool) -> bool:
+        """Whether an example's gradient is not finite because of the scale of its loss.
+
+        Raises:
+            PrivacyError: one is not finite, and no scaler has a part in it.
+        """
+        norms: Any = self.px.squared_norms(by="parameter" if by_parameter else None)
+        bad = torch.zeros_like(losses, dtype=torch.bool)
+        for squares in norms.values() if by_parameter else [norms]:
+            bad |= ~squares.detach().isfinite()
+        count = int(bad.sum())
+        if count == 0:
+            return False
+        if (
+            self.grad_scaler is not None
+            and self.grad_scaler.is_enabled()
+            and bool(losses.detach()[bad].isfinite().all())
+        ):
+            return True
+        raise PrivacyError(
+            f"loss.backward(): the gradients of {count} of {len(losses)} examples, or their squares, are not finite, "
+            "so no clipping bounds what they would do to the step. Nothing was written to `.grad`. It is often a 0/0 "
+            "in the loss of an example alone, as the mean over targets that all have a class weight of zero, or an "
+            "input that is not finite: leave such examples out, or let the criterion return a zero for them"
+        )
 
     def averages(self) -> bool:
         """Whether the optimizer wants a mean over processes: Opacus's for shards does, where losses are means."""
         return isinstance(self.optimizer, ShardedPrivateOptimizer) and self.loss_reduction == "mean"
+
+    def cleanup(self) -> None:
+        """Leave the model as it was; sums that no noise was added to are gone."""
+        for handle in self._handles:
+            handle.remove()
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is not None:
+            optimizer.forget()
+        super().cleanup()
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a module is an instance norm that keeps running statistics, in training."""
+    return isinstance(module, INSTANCE_NORMS) and module.track_running_stats
+
+
+def running_statistics(path: str, module: nn.Module) -> str:
+    """What to say of one in training mode."""
+    return (
+        f"Module '{path}' is a {type(module).__name__} that keeps running statistics, which no noise is added to: "
+        "create it with track_running_stats=False, or call `.eval()` on it"
+    )
+
+
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -14,15 +15,13 @@ from torch.utils.data import DataLoader
 
 from perex.capture.checks import refuse_batch_statistics
 from perex.errors import ArgumentError, ExamplesMixError
-from perex.privacy.controller import PrivateBackward
+from perex.privacy.controller import PrivateBackward, keeps_statistics, running_statistics
 from perex.privacy.errors import BatchStatisticsError, PrivacyError
 from perex.privacy.loss import PrivateCriterion
 from perex.privacy.optimizers import DistributedPrivateOptimizer, PrivateOptimizer, ShardedPrivateOptimizer
 
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-
-_private: weakref.WeakKeyDictionary[nn.Module, PrivateBackward] = weakref.WeakKeyDictionary()
-"""What watches each model that was made private."""
+_private: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PrivateBackward]] = weakref.WeakKeyDictionary()
+"""What watches each model that was made private; the model's hooks keep it alive."""
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -123,7 +122,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
     def detach(self, module: nn.Module) -> None:
         """Leave a model as it was; its optimizer and criterion are of no use then."""
-        controller = _private.pop(module, None)
+        known = _private.pop(module, None)
+        controller = None if known is None else known()
         if controller is not None:
             controller.cleanup()
 
@@ -136,11 +136,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 refuse_batch_statistics(path, child)
             except ExamplesMixError as error:
                 raise BatchStatisticsError(str(error)) from None
-            if isinstance(child, INSTANCE_NORMS) and child.track_running_stats and child.training:
-                raise BatchStatisticsError(
-                    f"Module '{path}' is a {type(child).__name__} that keeps running statistics, which no noise is "
-                    "added to: create it with track_running_stats=False, or call `.eval()` on it"
-                )
+            if keeps_statistics(child) and child.training:
+                raise BatchStatisticsError(running_statistics(path, child))
 
     def is_compatible(
         self, *, module: nn.Module, optimizer: optim.Optimizer | None = None, data_loader: DataLoader[Any] | None = None
@@ -169,7 +166,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             grad_scaler=self.grad_scaler,
             memory=self.memory,
         )
-        _private[module] = controller
+        _private[module] = weakref.ref(controller)
         return controller
 
     def _prepare_optimizer(
@@ -194,6 +191,16 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "max_grad_norm: a number where clipping is 'flat', and where it is 'per_layer' a list of one for each "
                 f"of the {len(trained)} parameters that are trained"
             )
+        given: list[Any] = [max_grad_norm] if bounds is None else list(bounds)
+        if not all(0 < float(bound) < math.inf for bound in given):
+            raise ArgumentError(f"max_grad_norm={max_grad_norm!r}: a clip bound is a positive number")
+        half = next((p for p in trained if p.dtype.itemsize < 4), None)
+        if half is not None:
+            raise PrivacyError(
+                f"a parameter of shape {tuple(half.shape)} is in {half.dtype}: rounding a sum of clipped gradients to "
+                "that moves it by more than one example's bound. Keep trained parameters in float32, and use "
+                "torch.autocast to compute in half precision"
+            )
         total = max_grad_norm if bounds is None else float(torch.tensor(bounds).norm())
         sharded = any(type(p.data).__name__ == "DTensor" for p in trained)
         kind = ShardedPrivateOptimizer if sharded else DistributedPrivateOptimizer if distributed else PrivateOptimizer
@@ -204,7 +211,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             secure_mode=self.secure_mode,
             **options,
         )
-        private.scaled = self.grad_scaler is not None
+        private.scaled = self.grad_scaler is not None and self.grad_scaler.is_enabled()
         if bounds is not None:
             private.max_grad_norms = bounds
         return private
@@ -217,4 +224,4 @@ class PrivacyEngine(opacus.PrivacyEngine):
         loss_reduction: str = "mean",
         **options: Any,
     ) -> PrivateCriterion:
-        return PrivateCriterion(criterion, loss_reduction, module.batch_size, module.number, module.backward)
+        return PrivateCriterion(criterion, loss_reduction, module)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from opacus.optimizers import (
     DistributedDPOptimizerFastGradientClipping,
     DPOptimizerFastGradientClipping,
@@ -25,13 +26,18 @@ class PrivateSteps:
     """What all private optimizers do beside adding noise, which Opacus does: refuse gradients that are not private.
 
     Clipped sums are written to `.grad` by a private backward, which tells `wrote`. Whatever else writes there (another
-    loss, a use of a parameter outside the model, clipping of the whole batch's gradient) is noticed before the step.
+    loss, a use of a parameter outside the model, clipping of the whole batch's gradient) is noticed before the step: by
+    the tensor's version and norm, or, where a scaler is to divide it, by a copy. Sums without noise are never left on
+    parameters once they are taken up.
     """
 
     params: list[nn.Parameter]
     original_optimizer: Any
-    _written: dict[nn.Parameter, tuple[Tensor, int]]
     noise_multiplier: float
+    _held: dict[nn.Parameter, Tensor]  # what `.grad` is to be
+    _stamps: dict[nn.Parameter, tuple[int, float]]  # of these, unless they are copies
+    _sums: dict[nn.Parameter, Tensor]  # of a logical batch
+    _scale: Tensor  # of `_held`
     _ready = False
     _backwards = _most = 0  # since the last step; the most between two steps, skipped ones included
     _counted = 1
@@ -42,58 +48,86 @@ class PrivateSteps:
     scaled = False
     """Whether a `GradScaler` divides gradients in place, between the backward and the step."""
 
-    def foreign(self) -> Iterator[nn.Parameter]:
-        """The parameters that have a gradient which no private backward made."""
-        written = vars(self).setdefault("_written", {})
-        for parameter in self.params:
-            grad = parameter.grad
-            if grad is None:
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._held, self._sums = {}, {}
+        super().__init__(*args, **options)
+
+    def foreign(self, expected: dict[nn.Parameter, Tensor]) -> Iterator[nn.Parameter]:
+        """The parameters that have another gradient than expected, or than none."""
+        found = {p: p.grad for p in self.params if p.grad is not None}
+        stamps = {} if self.scaled else stamps_of(found)
+        for parameter, grad in found.items():
+            known = expected.get(parameter)
+            if known is not None and (
+                torch.equal(local(grad), local(known))
+                if self.scaled
+                else grad is known and stamps[parameter] == self._stamps[parameter]
+            ):
                 continue
-            known, version = written.get(parameter, (None, -1))
-            if known is grad and (grad._version == version or self.scaled and self._ready):
-                continue
-            if bool((grad != 0).any()):
+            if bool((local(grad) != 0).any()):
                 yield parameter
 
-    def expect_none(self, what: str) -> None:
+    def expect_none(self, what: str, expected: dict[nn.Parameter, Tensor] | None = None) -> None:
         """Raise if a gradient is there that was not clipped one by one."""
-        found = next(self.foreign(), None)
+        found = next(self.foreign(self._held if expected is None else expected), None)
         if found is not None:
+            scaler = ", other than by the scaler's `unscale_` or `step`" if self.scaled else ""
             raise PrivacyError(
                 f"{what}: a parameter of shape {tuple(found.shape)} has a gradient that no private backward made, or "
-                "that was changed since. Call optimizer.zero_grad() after each step, run only the private criterion's "
-                "loss backward, and leave `.grad` alone"
+                f"that was changed since{scaler}. Call optimizer.zero_grad() after each step, run only the private "
+                "criterion's loss backward, and leave `.grad` alone"
             )
 
-    def wrote(self) -> None:
-        """Take up that a private backward has added to `.grad`."""
-        self._ready = True
-        self._backwards += 1
-        self.remember()
+    def expect_whole(self) -> None:
+        """Raise if a scaler would leave out the step of a part of a logical batch: later parts would be miscounted."""
+        if self._step_skip_queue or self._sums:  # type: ignore[attr-defined]
+            raise PrivacyError(
+                "loss.backward(): a gradient is not finite with the scaler's scale, in a part of a logical batch, of "
+                "which the scaler would leave out the step. Begin with a smaller GradScaler(init_scale=...), or "
+                "compute in bfloat16 without a scaler"
+            )
 
-    def remember(self) -> None:
-        """What is in `.grad` now is private."""
-        self._written = {p: (p.grad, p.grad._version) for p in self.params if p.grad is not None}
+    def wrote(self, scale: Tensor) -> None:
+        """Take up that a private backward has added to `.grad`, which is scaled so."""
+        self._ready, self._scale = True, scale
+        self._backwards += 1
+        self._held = {p: p.grad.clone() if self.scaled else p.grad for p in self.params if p.grad is not None}
+        self._stamps = {} if self.scaled else stamps_of(self._held)
+
+    def forget(self) -> None:
+        """Let go of all that no noise was added to."""
+        for parameter in self._held:
+            parameter.grad = None
+        self._ready, self._backwards = False, 0
+        self._held, self._sums = {}, {}
 
     def pre_step(self, closure: Any = None) -> Any:
         """Check, then add noise and scale as Opacus does; whether a step is to be taken."""
         if not self._ready:
             raise PrivacyError(NOT_PRIVATE)
-        self.expect_none("optimizer.step()")
+        held = self._held
+        if self.scaled:
+            held = {parameter: unscaled(sums, self._scale) for parameter, sums in held.items()}
+        self.expect_none("optimizer.step()", held)
+        for parameter in self.params:
+            if parameter.grad is None or parameter not in held:
+                raise PrivacyError(
+                    f"optimizer.step(): a parameter of shape {tuple(parameter.shape)} got no gradient from the private "
+                    "backward: it was added or unfrozen after that, or cleared. Call make_private after the last "
+                    "change of the model and its optimizer"
+                )
         self._ready = False
+        self._held = held
         self._most, self._backwards = max(self._most, self._backwards), 0
         kept = {id(parameter) for parameter in self.params}
         for group in self.original_optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) not in kept:  # frozen since the backward: it gets no noise, so it takes no step
                     parameter.grad = None
-        for parameter in self.params:
-            if not hasattr(parameter, "summed_grad"):  # unfrozen since the optimizer was made
-                parameter.summed_grad = None  # type: ignore[attr-defined]
         stepped = super().pre_step()  # type: ignore[misc]
         if stepped:
             self._most = 0
-        if not stepped:  # this physical batch is in `summed_grad` now, and must not be added again
+        if not stepped:  # this physical batch is in the sum now, and must not be added again
             for parameter in self.params:
                 parameter.grad = None
         return stepped
@@ -122,21 +156,70 @@ class PrivateSteps:
             self.noise_multiplier, self._counted = sigma, 1
 
     def accumulate(self) -> None:
-        """Add `.grad` to the sum of the logical batch; the first one is taken as it is, for it is not used again."""
-        if hasattr(self, "grad_state"):  # shards keep their sums elsewhere
-            super().accumulate()  # type: ignore[misc]
-            return
+        """Add what the backward has brought to the sum of the logical batch; the first is taken as it is."""
         for parameter in self.params:
-            summed: Tensor | None = parameter.summed_grad  # type: ignore[attr-defined]
-            parameter.summed_grad = (  # type: ignore[attr-defined]
-                parameter.grad if summed is None else summed.add_(parameter.grad)  # type: ignore[arg-type]
-            )
+            summed = self._sums.get(parameter)
+            new = self._held[parameter]
+            self._sums[parameter] = new if summed is None else summed.add_(new)
+        self._held = {}
+
+    def add_noise(self) -> None:
+        """Have Opacus add noise to the sums, and let go of these."""
+        sums, self._sums = self._sums, {}
+        shards: Any = getattr(self, "grad_state", None)  # where Opacus looks for sums of sharded parameters
+        try:
+            for parameter in self.params:
+                if shards is None:
+                    parameter.summed_grad = sums[parameter]  # type: ignore[attr-defined]
+                else:
+                    shards[parameter] = {"summed_grad": sums[parameter]}
+            super().add_noise()  # type: ignore[misc]
+        finally:
+            for parameter in sums:
+                parameter.summed_grad = None  # type: ignore[attr-defined]
+                if shards is not None:
+                    shards.pop(parameter, None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the sum of clipped ones unless the logical batch goes on."""
-        super().zero_grad(set_to_none)  # type: ignore[misc]
-        self._ready, self._backwards = False, 0
-        self.remember()
+        if not self._is_last_step_skipped:  # type: ignore[attr-defined]
+            self._sums = {}
+        self.original_optimizer.zero_grad(set_to_none)
+        self._ready, self._backwards, self._held = False, 0, {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: the model's new parameters would not be watched.
+
+        Raises:
+            PrivacyError: always.
+        """
+        raise PrivacyError(
+            "add_param_group: only the parameters that the optimizer had when it was made private are clipped. Give it "
+            "all of them before, frozen ones too, or call make_private again with the optimizer that has them"
+        )
+
+
+def stamps_of(grads: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, tuple[int, float]]:
+    """The version and the norm of gradients; not all that changes one changes its version."""
+    norms = torch._foreach_norm([local(grad.detach()) for grad in grads.values()]) if grads else ()
+    kind = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize, default=torch.float32)
+    numbers = torch.stack([norm.to(norms[0].device, kind) for norm in norms]).tolist() if norms else []
+    return {p: (grad._version, number) for (p, grad), number in zip(grads.items(), numbers, strict=True)}
+
+
+def local(tensor: Any) -> Tensor:
+    """What this process has of a tensor."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
+
+
+def unscaled(tensor: Tensor, scale: Tensor) -> Tensor:
+    """A copy of a gradient after what a `GradScaler` does to it, to the bit."""
+    copied = tensor.clone()
+    inverse = scale.double().reciprocal().float().to(copied.device)
+    found = torch.zeros_like(inverse)
+    torch._amp_foreach_non_finite_check_and_unscale_([local(copied)], found, inverse)
+    return copied
 
 
 class PrivateOptimizer(PrivateSteps, DPOptimizerFastGradientClipping):

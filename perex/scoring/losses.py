@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class PerExampleLosses:
         loss_fn: a criterion `(output, target) -> Tensor`.
         flattened: whether tensors may hold several rows for each example, one example's after the other's, as token
             scores do after `.view(-1, V)`: these are all handed over for it then. What is no tensor is handed on.
+        advice: what errors say that can be done.
 
     Example:
         >>> losses = PerExampleLosses(torch.nn.MSELoss())
@@ -39,9 +40,11 @@ class PerExampleLosses:
         tensor([1., 2., 0.])
     """
 
-    def __init__(self, loss_fn: Callable[[Any, Any], Tensor], flattened: bool = False) -> None:
+    def __init__(self, loss_fn: Callable[[Any, Any], Tensor], flattened: bool = False, advice: str = ADVICE) -> None:
         self.loss_fn = loss_fn
         self.flattened = flattened
+        self.advice = advice
+        self.refusals: Mapping[int, Exception] = {}  # by the id of a tensor, what its use raises
         self.at_once: bool | None = None  # not known before the first batch
 
     def __call__(self, output: Any, target: Any, batch_size: int) -> Tensor:
@@ -62,7 +65,7 @@ class PerExampleLosses:
         """
         found = [*self._rows("model output", output, batch_size), *self._rows("target", target, batch_size)]
         if batch_size == 0:
-            return next(tensor for tensor in found if tensor.is_floating_point()).flatten(1).sum(1)
+            return _nobodys(found)
         several = [len(tensor) != batch_size for tensor in found]
         flat = [t.reshape(batch_size, -1, *t.shape[1:]) if s else t for t, s in zip(found, several, strict=True)]
 
@@ -97,7 +100,7 @@ class PerExampleLosses:
         return loss.sum()
 
     def _is_per_example(self, leaf: Any, batch_size: int) -> bool:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or id(leaf) in self.refusals:
             return False
         several = self.flattened and batch_size > 0 and len(leaf) > batch_size and len(leaf) % batch_size == 0
         return len(leaf) == batch_size or several
@@ -106,7 +109,9 @@ class PerExampleLosses:
         """List the tensors in `tree` that have a row for each example; refuse if there is none."""
         found = [leaf for leaf in leaves(tree) if self._is_per_example(leaf, batch_size)]
         if not found and any(leaf is not None for leaf in leaves(tree)) and not self.flattened:
-            raise ScoringError(f"the {name} is {_describe(tree)}, but the batch has {batch_size} examples; {ADVICE}")
+            raise ScoringError(
+                f"the {name} is {_describe(tree)}, but the batch has {batch_size} examples; {self.advice}"
+            )
         return found
 
     def _fill(self, tree: Any, batch_size: int, batches_of_one: Any) -> Any:
@@ -118,7 +123,9 @@ class PerExampleLosses:
             if self._is_per_example(leaf, batch_size):
                 return next(batches_of_one)
             barred = torch.empty(0).as_subclass(_NotPerExample)
-            barred.__dict__["what"] = _describe(leaf)
+            barred.__dict__["error"] = self.refusals.get(id(leaf)) or ScoringError(
+                f"loss_fn uses {_describe(leaf)}, which has no row for each example; {self.advice}"
+            )
             return barred
 
         return map_leaves(change, tree)
@@ -127,12 +134,21 @@ class PerExampleLosses:
 class _NotPerExample(Tensor):
     """Stands in for a part of the output or target without a row for each example: any use is refused."""
 
-    what: str
+    error: Exception
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        what = next(arg.__dict__["what"] for arg in leaves((args, kwargs or {})) if isinstance(arg, cls))
-        raise ScoringError(f"loss_fn uses {what}, which has no row for each example; {ADVICE}")
+        raise next(arg.__dict__["error"] for arg in leaves((args, kwargs or {})) if isinstance(arg, cls))
+
+
+def _nobodys(found: list[Tensor]) -> Tensor:
+    """The losses of no example, `(0,)`, with the graph of all that has one."""
+    tensors = [tensor for tensor in found if tensor.is_floating_point()]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad] or tensors[:1]
+    if not wanted:
+        raise ScoringError("an empty batch's output holds no tensor of floating-point numbers without rows")
+    sums = [tensor.sum(tuple(range(1, tensor.dim()))) if tensor.dim() > 1 else tensor for tensor in wanted]
+    return sum(sums[1:], sums[0])  # of a dtype each, perhaps
 
 
 def _describe(leaf: Any) -> str:
