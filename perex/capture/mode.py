@@ -69,6 +69,12 @@ WRITES_ROWS = frozenset(
 INDEXES = (Tensor.__getitem__, Tensor.__setitem__)
 
 
+def observes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a gradient hook is torch's own, such as those that follow which module runs: it changes nothing."""
+    hook = next(iter((*args[1:], *kwargs.values())), None)
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
+
+
 class Capture(TorchFunctionMode):
     """Follows examples and parameters through the operators of one forward.
 
@@ -170,7 +176,7 @@ class Capture(TorchFunctionMode):
             return self.doubts.branch(func, args, kwargs)
         if func in UNFOLLOWED:
             return doubts.unfollowed(func, args, kwargs)
-        if func is Tensor.register_hook and isinstance(labels.of(args[0]), Shared):
+        if func is Tensor.register_hook and isinstance(labels.of(args[0]), Shared) and not observes(args, kwargs):
             raise self.refuse.unsupported(
                 func,
                 "is called on a tensor derived from parameters alone, whose gradient perex works out for each example "
