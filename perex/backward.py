@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from perex.arrivals import factors_of, note_overflow, whereabouts, without_autocast
 from perex.audit import check_losses
-from perex.capture.derived import of_parameters
 from perex.capture.forward import Forward, Tapped
 from perex.capture.inputs import about
-from perex.capture.parameters import Entry, Shared
+from perex.capture.parameters import Entry
 from perex.capture.probe import Probe, same_draws, weights_of
 from perex.capture.session import Session
 from perex.capture.suspects import SINK, nodes
 from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
-from perex.factors import Factor, Few
-from perex.factors.narrow import narrow
+from perex.factors import Factor
 from perex.factors.outline import outline
 from perex.gradients import tensors_of
 from perex.kernels.readers import reading
-from perex.kernels.spot import Spot, at
 from perex.kernels.strategies import Preferences, preferring
 from perex.quantities import Quantity
 from perex.result import Result
-from perex.rules.call import Call, Captured
 
 STRAY = (
     "In module '{}', rows that belong to no example go through a parameter in `{}` and have a part in the loss, so "
@@ -281,10 +276,10 @@ class Backwards:
         if self.probe is not None:
             self.probe.receive(tapped, grads)
         if self.looking:
-            found = self.factors(tapped, saved, grads)
+            found = factors_of(tapped, saved, grads)
             return {slot: factor.summed() for slot, _, factor in found if slot in sums} if sums else {}
         if self.taking is not None:
-            for _, entry, factor in self.factors(tapped, saved, grads):
+            for _, entry, factor in factors_of(tapped, saved, grads):
                 self.taking(forward, entry, factor)
             return {}
         result = self.open(forward)
@@ -295,12 +290,12 @@ class Backwards:
         for grad, axis in zip(grads, call.out_axes, strict=True):
             if grad is not None and axis.stray(grad):
                 result.refuse(UnsupportedError(STRAY.format(call.where, call.name)))
-        self.note_overflow(result, tapped, grads)
+        note_overflow(result, tapped, grads)
         keeping = bool(result.keep and self.keep)
         form = keeping, *sums, *[None if grad is None else (grad.shape, grad.dtype) for grad in grads]
         outlines, known = call.outlines.get(form, []), form in call.outlines
         sums_of: dict[str, Tensor] = {}
-        for slot, entry, factor in self.factors(tapped, saved, grads):
+        for slot, entry, factor in factors_of(tapped, saved, grads):
             kept = factor.condensed() if keeping else factor
             if slot in sums and kept is factor:
                 kept.summing = True
@@ -365,23 +360,6 @@ class Backwards:
                 "(earlier backwards needed none, and perex gave their gradients along with the norms). From now on "
                 "they have one: run the forward and this backward again, after zero_grad"
             )
-
-    def factors(
-        self, tapped: Tapped, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Iterator[tuple[Any, Entry, Factor]]:
-        """The gradients that a call brings, by slot and parameter."""
-        call = tapped.call
-        captured = Captured(call, saved, grads)
-        found = call.rule.function(captured)
-        for slot, source in call.slots.items():
-            factor = check_factor(call, slot, found.get(slot), captured.batch)
-            if captured.dtype is not None:
-                factor = narrow(factor)
-            if isinstance(source, Entry):
-                yield slot, source, of_examples(tapped, factor)
-                continue
-            for entry, part in of_parameters(source, factor):
-                yield slot, entry, of_examples(tapped, part)
 
     def changed(self) -> None:
         """A module's gradient hook has changed a gradient."""
@@ -465,48 +443,7 @@ class Backwards:
             scale: Tensor = self.scaler.scale(torch.ones((), device=device))
         return scale
 
-    def note_overflow(self, result: Result, tapped: Tapped, grads: Sequence[Tensor | None]) -> None:
-        """Remember examples whose half-precision gradients became infinite."""
-        call = tapped.call
-        for grad, axis in zip(grads, call.out_axes, strict=True):
-            if grad is not None and grad.dtype == torch.float16:  # bfloat16 reaches as far as float32
-                rows = axis.front(grad, call.batch).reshape(call.batch, -1)
-                if rows.numel():
-                    largest = torch.linalg.vector_norm(rows, torch.inf, dim=1)  # in one pass; of NaN, NaN
-                    result.overflow(tapped.forward, largest.isinf(), call.examples)
-
-
-def of_examples(tapped: Tapped, factor: Factor) -> Factor:
-    """The gradients that a call brings, for all examples of the forward."""
-    examples = tapped.call.examples
-    return factor if examples is None else Few(factor, examples, tapped.forward.batch)
-
-
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Switch autocast off, where it is on: the switch itself takes longer than a small rule."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def whereabouts(saved: Sequence[Tensor]) -> AbstractContextManager[Any]:
-    """Have blocks of temporaries as large as fits a GPU, where tensors are on one."""
-    here = next((tensor for tensor in saved if tensor.is_cuda), None)
-    return nullcontext() if here is None else at(Spot("cuda", here.dtype))
-
 
 def will_run(tensor: Tensor) -> bool:
     """Whether the running backward goes through the operator that made a tensor."""
     return tensor.grad_fn is not None and bool(torch._C._will_engine_execute_node(tensor.grad_fn))
-
-
-def check_factor(call: Call, slot: object, factor: Factor | None, batch: int) -> Factor:
-    """What a rule returned for one parameter, when it fits that parameter."""
-    source = call.slots[slot]
-    tensor = source.tensor if isinstance(source, Shared) else source.parameter
-    if factor is None:
-        raise PerexError(f"rule '{call.rule.name}' returned nothing for '{slot}' of module '{call.where}'")
-    if factor.shape != tensor.shape or factor.batch != batch:
-        raise PerexError(
-            f"rule '{call.rule.name}' returned gradients of shape {(factor.batch, *factor.shape)} for '{slot}' of "
-            f"module '{call.where}', which needs {(batch, *tensor.shape)}"
-        )
-    return factor
