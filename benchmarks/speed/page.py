@@ -118,7 +118,8 @@ def plot(rows: Sequence[dict[str, Any]], ways: Sequence[str], path: Path) -> Non
 
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.6))
     for way in ways:
-        points = [(row["cells"][way]["ratio"], place) for place, row in enumerate(rows) if "ratio" in row["cells"][way]]
+        cells = [(place, row["cells"].get(way, {})) for place, row in enumerate(rows)]
+        points = [(found["ratio"], place) for place, found in cells if "ratio" in found]
         if points:
             axes.plot(*zip(*points, strict=True), "o", label=way, ms=9 if way.startswith("perex") else 6)
     axes.axvline(1, color="grey", lw=1)
