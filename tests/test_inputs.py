@@ -166,8 +166,12 @@ def test_position_tables_are_not_multiplied_out():
     assert next(row.way for row in px.report().rows if row.parameters == ("position.weight",)) == "segments"
 
 
+HOOKS = {"a lambda": lambda grad: 2 * grad, "a function of torch": F.hardtanh, "a built-in of torch": torch.relu}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("derived", ["rows of a table", "a scaled weight"])
-def test_gradient_hooks_on_derived_tensors_are_refused(derived):
+def test_gradient_hooks_on_derived_tensors_are_refused(derived, hook):
     """Their gradients are worked out for each example, where no hook runs."""
 
     class Net(nn.Module):
@@ -177,7 +181,7 @@ def test_gradient_hooks_on_derived_tensors_are_refused(derived):
 
         def forward(self, x: Tensor) -> Tensor:
             tensor = self.table(torch.arange(T)) if derived == "rows of a table" else self.table.weight * 2
-            tensor.register_hook(lambda grad: 2 * grad)
+            tensor.register_hook(HOOKS[hook])
             return self.first(x) + tensor
 
     model = Net()

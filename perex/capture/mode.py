@@ -70,9 +70,10 @@ INDEXES = (Tensor.__getitem__, Tensor.__setitem__)
 
 
 def observes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a gradient hook is torch's own, such as those that follow which module runs: it changes nothing."""
+    """Whether a gradient hook is of `register_multi_grad_hook`, as torch's module tracker's are: it changes nothing."""
     hook = next(iter((*args[1:], *kwargs.values())), None)
-    return str(getattr(hook, "__module__", "")).startswith("torch.")
+    name = getattr(hook, "__qualname__", "")
+    return getattr(hook, "__module__", "") == "torch.autograd.graph" and name.startswith("register_multi_grad_hook.")
 
 
 class Capture(TorchFunctionMode):

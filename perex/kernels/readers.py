@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from perex.kernels.setting import Setting
+
 
 class Kept(NamedTuple):
     """What was computed of a tensor, which is held so that its memory becomes no other's, and its version then."""
@@ -84,16 +86,6 @@ def current() -> Readers:
     return _current.get(None) or Readers()
 
 
-class reading:  # noqa: N801  (a context manager, like `preferring`)
+def reading(readers: Readers) -> Setting[Readers]:
     """Compute among these readers."""
-
-    __slots__ = ("readers", "token")
-
-    def __init__(self, readers: Readers) -> None:
-        self.readers = readers
-
-    def __enter__(self) -> None:
-        self.token = _current.set(self.readers)
-
-    def __exit__(self, *error: object) -> None:
-        _current.reset(self.token)
+    return Setting(_current, readers)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from perex.kernels.plan import Plan
 from perex.kernels.products import HALVES, widen
+from perex.kernels.setting import Setting
 from perex.kernels.spot import Spot, at, current
 from perex.kernels.triton.available import fast
 
@@ -42,19 +43,9 @@ class Preferences:
 _current: ContextVar[Preferences] = ContextVar("preferences", default=Preferences())  # noqa: B039  (never written to)
 
 
-class preferring:  # noqa: N801  (used as a context manager, in every tap: a generator would take three times as long)
+def preferring(preferences: Preferences) -> Setting[Preferences]:
     """Choose by a user's preferences."""
-
-    __slots__ = ("preferences", "token")
-
-    def __init__(self, preferences: Preferences) -> None:
-        self.preferences = preferences
-
-    def __enter__(self) -> None:
-        self.token = _current.set(self.preferences)
-
-    def __exit__(self, *error: object) -> None:
-        _current.reset(self.token)
+    return Setting(_current, preferences)
 
 
 @dataclass(frozen=True)
