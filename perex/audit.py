@@ -89,7 +89,7 @@ def digest(grad: Tensor | None, axis: Held, batch: int) -> Digest | None:
     if rows.dtype.itemsize < 4:
         return Digest(rows, rows.abs().amax(1, keepdim=True), eps)
     whole = rows.shape[1] // RUN * RUN
-    factors = (1 + torch.rand(RUN, generator=torch.Generator().manual_seed(0))).to(rows)  # no two cancel
+    factors = (1 + torch.rand(RUN, generator=torch.Generator().manual_seed(0), device="cpu")).to(rows)  # no two cancel
     sums, sizes = [], []
     for i, j in example_blocks(len(rows), rows.shape[1]):
         runs, rest = rows[i:j, :whole].unflatten(1, (-1, RUN)), rows[i:j, whole:]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from perex.arrivals import factors_of, note_overflow, whereabouts, without_autocast
 from perex.audit import check_losses
+from perex.capture.checks import refuse_recording
 from perex.capture.forward import Forward, Tapped
 from perex.capture.inputs import about
 from perex.capture.parameters import Entry
@@ -214,6 +215,7 @@ class Backwards:
             place = about(first), about(len(losses)), further
             kind = *place, forward.shapes, *((output.edge.node.name(), output.axis) for output in outputs)
             if self.audit and kind not in self.audited:
+                refuse_recording(losses)
                 check_losses(losses, outputs, forward.batch, first)
                 new.add(kind)
             parts[forward] = slice(first, first + forward.batch)

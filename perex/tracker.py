@@ -296,7 +296,9 @@ class Tracker:
         result = self._result()
         parameters = self._session.parameters.holders(result.tracked())
         before = result.remember(parameters)
-        before = {name: None if cleared(parameters[name].grad) else grad for name, grad in before.items()}
+        before = {
+            name: None if grad is None or cleared(parameters[name].grad) else grad for name, grad in before.items()
+        }
         if self._memory == "low":
             sums = self._again(result, weights)
             for name, parameter in parameters.items():

@@ -63,7 +63,7 @@ class Trial:
         for i in range(self.n):
             loss, grads = self.gradients(self.example(i), 1)
             losses.append(loss[0])
-            norms.append([torch.zeros(()) if grad is None else size(grad) for grad in grads])
+            norms.append([torch.zeros((), device="cpu") if grad is None else size(grad) for grad in grads])
         columns = zip(*norms, strict=True)
         return torch.stack(losses), {
             name: torch.stack([norm.cpu().double() for norm in column])

@@ -378,3 +378,64 @@ def test_nothing_waits_for_the_device():
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             assert len(waited) <= 1, [str(each.message) for each in waited]  # one for a tied embedding
+
+
+UNSYNCED = [name for name in CASES if name not in ("checkpointed",)]
+
+
+@pytest.mark.parametrize("name", UNSYNCED)
+def test_later_steps_do_not_wait_for_the_device(name):
+    model, x, examples = CASES[name].make(), CASES[name].x(), torch.arange(B)
+    with perex.attach(model, param_grads=False) as px:
+        for again in range(4):
+            torch.cuda.set_sync_debug_mode("error" if again == 3 else "default")
+            try:
+                px.backward(losses_of(model(x), examples))
+                px.norms()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def recorded(step: Callable[[], Any], warm: int = 3) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A step as a CUDA graph, and what it returned."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm):
+            step()
+    with torch.cuda.graph(graph, stream=stream):
+        found = step()
+    return graph, found
+
+
+@pytest.mark.parametrize("param_grads", [False, True])
+@pytest.mark.parametrize("name", UNSYNCED)
+def test_cuda_graphs(name, param_grads):
+    """A recorded step gives the norms of whatever is put into its input."""
+    model, x, examples = CASES[name].make(), CASES[name].x(), torch.arange(B)
+    others = [CASES[name].x() for _ in range(2)]
+    with perex.attach(model, param_grads=param_grads) as px:
+
+        def step() -> Tensor:
+            model.zero_grad(set_to_none=True)
+            px.backward(losses_of(model(x), examples))
+            return px.norms()
+
+        graph, norms = recorded(step)
+        grads = [parameter.grad for parameter in model.parameters()]
+        for other in others:
+            x.copy_(other)
+            graph.replay()
+            found = norms.double().clone()
+            replayed = [None if grad is None else grad.clone() for grad in grads]
+            near(found, step().double(), 1e-5, "norms")
+            for one, parameter in zip(replayed, model.parameters(), strict=True):
+                assert (one is None) == (parameter.grad is None)
+                if one is not None:
+                    near(one, parameter.grad.double(), 1e-4, "grad", 1e-3)
+
+
+def test_a_cuda_graph_is_not_recorded_before_the_checks():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(B, 4)
+    with perex.attach(model, param_grads=False) as px, pytest.raises(perex.NotReadyError, match="before capturing"):
+        recorded(lambda: px.backward(model(x).sum(1)), warm=0)

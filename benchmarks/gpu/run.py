@@ -57,6 +57,8 @@ FEWEST, PATIENCE = 3, 1500.0
 
 Built = tuple[nn.Module, Tensor, Tensor]  # a model, inputs and targets
 
+SetUp = Callable[[Case, nn.Module, Tensor, Tensor], Step]
+
 WRONG = {"bf16": 0.1, "tf32": 1e-2, "float32": 1e-3}
 """From which relative error on a norm is wrong, by precision."""
 
@@ -86,7 +88,7 @@ def without_triton(function: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def scoring(triton: bool) -> Callable[[Case, nn.Module, Tensor, Tensor], Step]:
+def scoring(triton: bool) -> SetUp:
     """perex, statistics alone, with Triton kernels or without them."""
 
     def set_up(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> Step:
@@ -103,11 +105,39 @@ def scoring(triton: bool) -> Callable[[Case, nn.Module, Tensor, Tensor], Step]:
     return set_up
 
 
-WAYS: dict[str, Callable[[Case, nn.Module, Tensor, Tensor], Step]] = {
+def graphed(way: SetUp) -> SetUp:
+    """A way, recorded in a CUDA graph and replayed: without what the host takes for it."""
+
+    def set_up(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> Step:
+        if not x.is_cuda:
+            raise Unsupported("CUDA graphs are for GPUs")
+        step = way(case, model, x, y)
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        with torch.cuda.graph(graph, stream=stream):
+            norms = step()
+
+        def replay() -> Tensor | None:
+            graph.replay()
+            return norms
+
+        return replay
+
+    return set_up
+
+
+WAYS: dict[str, SetUp] = {
     "plain": ways.plain,
     "floor": ways.floor,
     "perex": scoring(True),
     "perex, .grad": ways.with_grads,
+    "plain, graph": graphed(ways.plain),
+    "floor, graph": graphed(ways.floor),
+    "perex, graph": graphed(scoring(True)),
+    "perex, .grad, graph": graphed(ways.with_grads),
     "perex, no Triton": scoring(False),
     "vmap": ways.mapped,
     "vmap, chunks": ways.in_chunks,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from perex.capture.alone import replay, suspects_alone
 from perex.capture.axis import Axis
-from perex.capture.checks import run_eagerly
+from perex.capture.checks import refuse_recording, run_eagerly
 from perex.capture.doubts import FAINT, STRONG, WEAK
 from perex.capture.forward import Forward
 from perex.capture.inputs import kind_of
@@ -73,6 +73,7 @@ class Auditor:
         unlooked = self.functions and forward.shapes not in self.looked
         if not self.strong and not unlooked and (not self.wanted or forward.shapes in self.audited):
             return None
+        refuse_recording(inputs[0])
         batch = forward.batch
         if self.audited:  # others each time
             examples = sorted({(forward.number + place * batch // LATER) % batch for place in range(LATER)})

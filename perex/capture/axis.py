@@ -51,7 +51,7 @@ class Owners:
             sizes = torch.bincount(self.ids[self.ids != NOBODY], minlength=batch)
             order = torch.argsort(self.ids, stable=True)[int((self.ids == NOBODY).sum()) :]
             starts = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))[:-1]
-            steps = torch.arange(int(sizes.max()) if batch else 0)
+            steps = torch.arange(int(sizes.max()) if batch else 0, device="cpu")
             present = steps < sizes.unsqueeze(1)
             places = (starts.unsqueeze(1) + torch.where(present, steps, 0)).clamp_max(max(len(order) - 1, 0))
             found = order[places].to(device), present.to(device)
@@ -85,7 +85,7 @@ class Axis(NamedTuple):
         """The example of each row, `(size,)`."""
         if self.owners is not None:
             return self.owners.ids
-        return torch.arange(batch).repeat_interleave(self.inner).repeat(self.outer)
+        return torch.arange(batch, device="cpu").repeat_interleave(self.inner).repeat(self.outer)
 
     def moved(self, dim: int) -> Axis:
         """The same arrangement at another dimension."""
@@ -150,8 +150,8 @@ class Axis(NamedTuple):
 
     def among(self, examples: Sequence[int], batch: int) -> Held:
         """The same rows, with these examples numbered from 0 and all others left out."""
-        number = torch.full((batch + 1,), NOBODY)
-        number[list(examples)] = torch.arange(len(examples))
+        number = torch.full((batch + 1,), NOBODY, device="cpu")
+        number[list(examples)] = torch.arange(len(examples), device="cpu")
         return Axis(self.dim, owners=Owners(number[self.ids(batch)]))
 
 

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from perex.capture.sharding import refuse_flat
-from perex.errors import AttachError, ExamplesMixError
+from perex.errors import AttachError, ExamplesMixError, NotReadyError
 
 
 def refuse_batch_statistics(path: str, module: nn.Module) -> None:
@@ -75,3 +75,17 @@ def check_model(model: nn.Module) -> None:
             refuse_flat(module)
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             raise AttachError(f"{name} is compiled: perex cannot see into it. Attach to the uncompiled model")
+
+
+def refuse_recording(tensor: Tensor) -> None:
+    """A check is due, which looks at values: not while a CUDA graph is being recorded.
+
+    Raises:
+        NotReadyError: it is.
+    """
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise NotReadyError(
+            "a CUDA graph is being captured, and perex has yet to check that examples keep apart in batches of these "
+            "shapes: run two or three steps before capturing one. If steps before it did not help, the model leaves a "
+            "doubt in each forward, and attach(..., audit=False) does without these checks"
+        )

@@ -159,7 +159,7 @@ class Forward:
         self.shapes: object = None
         self.paths: list[Use] = []
         self.readers = Readers()
-        self.sentinel = torch.zeros((), requires_grad=True).clone()
+        self.sentinel = torch.zeros((), requires_grad=True, device="cpu").clone()
 
     @property
     def recomputed(self) -> bool:

@@ -62,7 +62,7 @@ def packed_in(value: Any) -> Iterator[PackedSequence]:
 def packed_label(sequence: PackedSequence) -> Held | None:
     """Whose each row of packed data is: at every step, the first `batch_sizes[t]` sequences, longest first."""
     batch = int(sequence.batch_sizes[0])
-    order = torch.arange(batch) if sequence.sorted_indices is None else sequence.sorted_indices.cpu()
+    order = torch.arange(batch, device="cpu") if sequence.sorted_indices is None else sequence.sorted_indices.cpu()
     return arranged(0, torch.cat([order[:size] for size in sequence.batch_sizes.tolist()]), batch)
 
 
@@ -96,7 +96,7 @@ def input_label(tensor: Tensor, inputs: Sequence[Tensor], batch: int, batch_dim:
         for other in inputs:
             counts = counts_of(other, tensor.size(0)) if other.dim() and len(other) in (batch, batch + 1) else None
             if counts is not None and len(counts) == batch:
-                return arranged(0, torch.arange(batch).repeat_interleave(counts), batch)
+                return arranged(0, torch.arange(batch, device="cpu").repeat_interleave(counts), batch)
     return None
 
 

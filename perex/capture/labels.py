@@ -149,10 +149,12 @@ class Labels:
             chosen = [d for d in range(base.dim()) if d not in dims and base.size(d) > 1]
             if len(chosen) != 1:
                 return lost
-            dim, ids = chosen[0], torch.tensor([label.example])
+            dim, ids = chosen[0], torch.tensor([label.example], device="cpu")
         if dim is None or isinstance(before, (Lost, Single)) or isinstance(before, Axis) and before.dim != dim:
             return lost
-        owners = torch.full((base.size(dim),), NOBODY) if before is None else before.ids(self.batch).clone()
+        owners = (
+            torch.full((base.size(dim),), NOBODY, device="cpu") if before is None else before.ids(self.batch).clone()
+        )
         rows = slice(starts[dim], starts[dim] + len(ids))
         if bool(((owners[rows] != NOBODY) & (owners[rows] != ids)).any()):
             return lost
@@ -311,16 +313,22 @@ class Labels:
 
     def claimed(self, target: Tensor, dim: int, index: Any, want: Held) -> Label:
         """The label of `target` along `dim` after its rows at `index` went to the owners of what was written."""
-        rows = torch.arange(target.size(dim)).reshape([-1 if d == dim else 1 for d in range(target.dim())])
+        rows = torch.arange(target.size(dim), device="cpu").reshape(
+            [-1 if d == dim else 1 for d in range(target.dim())]
+        )
         entries = index if isinstance(index, tuple) else (index,)
         rows = rows.expand(target.shape)[tuple(e.cpu() if isinstance(e, Tensor) else e for e in entries)]
         if isinstance(want, Single):
-            writers = torch.full(rows.shape, want.example)
+            writers = torch.full(rows.shape, want.example, device="cpu")
         else:
             shape = [-1 if d == want.dim else 1 for d in range(rows.dim())]
             writers = want.ids(self.batch).reshape(shape).expand(rows.shape)
         before = self.batch_label(target)
-        owners = before.ids(self.batch).clone() if isinstance(before, Axis) else torch.full((target.size(dim),), NOBODY)
+        owners = (
+            before.ids(self.batch).clone()
+            if isinstance(before, Axis)
+            else torch.full((target.size(dim),), NOBODY, device="cpu")
+        )
         taken = owners[rows]
         if bool(((taken != NOBODY) & (taken != writers)).any()):
             return None

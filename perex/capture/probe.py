@@ -36,7 +36,7 @@ POWERS = 16
 
 def weights_of(count: int, half: bool) -> Tensor:
     """`(N,)` weights that differ between any two of 32 neighbours, or of four where half precision has room for few."""
-    numbers = torch.arange(count)
+    numbers = torch.arange(count, device="cpu")
     places = (numbers + 13 * (numbers // (2 * POWERS))) % (2 * POWERS)  # so that those 32 apart differ as well
     powers = places % 2 if half else places % POWERS
     signs = places // 2 % 2 if half else (places + places // POWERS) % 2
@@ -96,7 +96,7 @@ class Probe:
         key = rows.size(1), rows.dtype, rows.device
         if key not in self.signs:
             random = torch.Generator().manual_seed(rows.size(1))
-            signs = torch.randint(2, (rows.size(1),), generator=random, dtype=torch.int8) * 2 - 1
+            signs = torch.randint(2, (rows.size(1),), generator=random, dtype=torch.int8, device="cpu") * 2 - 1
             self.signs[key] = signs.to(rows)
         return self.signs[key]
 

@@ -78,7 +78,7 @@ class Few(Factor):
             if joined is not None:
                 both = self.examples + other.examples
                 order = sorted(range(len(both)), key=both.__getitem__)
-                return Few(joined.take(torch.tensor(order)), [both[i] for i in order], self.batch)
+                return Few(joined.take(torch.tensor(order, device="cpu")), [both[i] for i in order], self.batch)
         return None
 
     def apart(self, other: Factor) -> bool:
@@ -93,15 +93,17 @@ class Few(Factor):
         common = sorted(set(self.examples).intersection(theirs))
         if not common:
             return self.spread(self.factor.squared_norm()[:0], [])
-        own = self.factor.take(torch.tensor([bisect_left(self.examples, b) for b in common]))
+        own = self.factor.take(torch.tensor([bisect_left(self.examples, b) for b in common], device="cpu"))
         inner = other.factor if isinstance(other, Few) else other
-        return self.spread(own.dot(inner.take(torch.tensor([bisect_left(theirs, b) for b in common]))), common)
+        return self.spread(
+            own.dot(inner.take(torch.tensor([bisect_left(theirs, b) for b in common], device="cpu"))), common
+        )
 
     def take(self, examples: Tensor) -> Factor:
         """See `Factor.take`."""
         wanted = examples.tolist()
         found = [(place, bisect_left(self.examples, b)) for place, b in enumerate(wanted) if b in self.examples]
-        inner = self.factor.take(torch.tensor([k for _, k in found], dtype=torch.long))
+        inner = self.factor.take(torch.tensor([k for _, k in found], dtype=torch.long, device="cpu"))
         return Few(inner, [place for place, _ in found], len(wanted))
 
     def condensed(self) -> Factor:

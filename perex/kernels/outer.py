@@ -145,7 +145,9 @@ def pairs(x: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
 @functools.cache
 def products(positions: int) -> tuple[int, int]:
     """How many products of positions `pairs` asks for, in all and at once."""
-    found = [one.shape[:-1].numel() * other.shape[-2] for one, other, _ in pairs(torch.empty(1, positions, 1))]
+    found = [
+        one.shape[:-1].numel() * other.shape[-2] for one, other, _ in pairs(torch.empty(1, positions, 1, device="cpu"))
+    ]
     return sum(found), max(found)
 
 

@@ -107,7 +107,7 @@ def inner_products(x: Tensor, grads: Tensor, geometry: Geometry) -> tuple[Tensor
     masks = functools.cache(functools.partial(inside, x.new_ones(()), grid, positions))
     totals, sizes = [], []
     for i, j in example_blocks(len(x), 0, blocks_of(len(x), groups, positions)):
-        alike = torch.zeros((), dtype=x.dtype)
+        alike = torch.zeros((), dtype=x.dtype, device="cpu")
         for n, (first, shifts) in enumerate(phases(geometry)):
             grams = lower_gram(on_grid(wide[i:j], grid, first, geometry.stride, groups))
             for axis, shift in enumerate(shifts):

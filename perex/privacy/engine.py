@@ -201,7 +201,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "that moves it by more than one example's bound. Keep trained parameters in float32, and use "
                 "torch.autocast to compute in half precision"
             )
-        total = max_grad_norm if bounds is None else float(torch.tensor(bounds).norm())
+        total = max_grad_norm if bounds is None else float(torch.tensor(bounds, device="cpu").norm())
         sharded = any(type(p.data).__name__ == "DTensor" for p in trained)
         kind = ShardedPrivateOptimizer if sharded else DistributedPrivateOptimizer if distributed else PrivateOptimizer
         private = kind(

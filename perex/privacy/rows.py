@@ -155,7 +155,9 @@ def is_grouped(axis: Held, batch: int) -> bool:
     if not isinstance(axis, Axis) or axis.dim:
         return False
     ids = axis.ids(batch)
-    return len(ids) % batch == 0 and torch.equal(ids, torch.arange(batch).repeat_interleave(len(ids) // batch))
+    return len(ids) % batch == 0 and torch.equal(
+        ids, torch.arange(batch, device="cpu").repeat_interleave(len(ids) // batch)
+    )
 
 
 def is_reshaped(tensor: Tensor, batch: int) -> bool:

@@ -83,7 +83,7 @@ class Dots(Quantity):
     def reduce(self, name: str, gradient: Total) -> Tensor:
         """See `Quantity.reduce`."""
         if self.own:
-            return gradient.along(gradient.weighted_sum(torch.ones(gradient.batch)))
+            return gradient.along(gradient.weighted_sum(torch.ones(gradient.batch, device="cpu")))
         direction = self.direction(name)
         return gradient.squared_norm().zero_() if direction is None else gradient.along(direction.detach())
 
@@ -118,7 +118,10 @@ class Dots(Quantity):
             lengths = {name: value.sum() / px.scale for name, value in dots.items()}
         else:
             given = ((name, self.direction(name)) for name in dots)
-            lengths = {name: torch.zeros(()) if v is None else v.detach().abs().square().sum() for name, v in given}
+            lengths = {
+                name: torch.zeros((), device="cpu") if v is None else v.detach().abs().square().sum()
+                for name, v in given
+            }
         triples = {name: (dots[name], norms[name].square(), lengths[name]) for name in dots}
         found: Tensor | dict[str, Tensor] = grouped(triples, by, cosine)
         return found

@@ -28,7 +28,7 @@ def grouped_mm(captured: Captured) -> dict[str, Factor]:
     x, grads, axis = captured.value("mat_a"), captured.grads[0], captured.call.out_axes[0]
     assert grads is not None
     weight, batch = captured.shape("mat_b"), captured.batch
-    own = axis.ids(batch) if isinstance(axis, Axis) else torch.zeros(len(x), dtype=torch.int64)
+    own = axis.ids(batch) if isinstance(axis, Axis) else torch.zeros(len(x), dtype=torch.int64, device="cpu")
     ends = captured.value("offs").tolist()
     size, stride = tuple(weight[1:]), (weight[2], 1)
     parts: list[Factor] = []

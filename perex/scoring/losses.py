@@ -122,7 +122,7 @@ class PerExampleLosses:
                 return leaf
             if self._is_per_example(leaf, batch_size):
                 return next(batches_of_one)
-            barred = torch.empty(0).as_subclass(_NotPerExample)
+            barred = torch.empty(0, device="cpu").as_subclass(_NotPerExample)
             barred.__dict__["error"] = self.refusals.get(id(leaf)) or ScoringError(
                 f"loss_fn uses {_describe(leaf)}, which has no row for each example; {self.advice}"
             )

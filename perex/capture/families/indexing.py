@@ -40,7 +40,7 @@ def indexed(op: Operation, source: Tensor, index: Any) -> Label:
     if any(isinstance(e, bool) for e in entries):
         return op.unknown("picks by a truth value")
     known = (int, slice, Tensor, type(None), type(Ellipsis))
-    entries = [e if isinstance(e, known) else torch.as_tensor(e) for e in entries]
+    entries = [e if isinstance(e, known) else torch.as_tensor(e, device="cpu") for e in entries]
     entries = [int(e) if isinstance(e, Tensor) and single_number(op, e) else e for e in entries]
     labels = {id(e): op.axis(e) for e in entries if isinstance(e, Tensor)}
     for at, entry in reversed(list(enumerate(entries))):  # a mask stands for the positions at which it is true
@@ -51,7 +51,7 @@ def indexed(op: Operation, source: Tensor, index: Any) -> Label:
                 op.sized = True
                 owner = arranged(0, own.ids(op.batch)[found[own.dim].cpu()], op.batch)
                 if isinstance(owner, Single):
-                    owner = Axis(0, owners=Owners(torch.full((len(found[0]),), owner.example)))
+                    owner = Axis(0, owners=Owners(torch.full((len(found[0]),), owner.example, device="cpu")))
                 labels.update({id(f): owner for f in found})
             entries[at : at + 1] = found
     used = sum(e is not None and e is not Ellipsis for e in entries)
@@ -104,7 +104,9 @@ def indexed(op: Operation, source: Tensor, index: Any) -> Label:
         if isinstance(taken, Tensor):  # x[ids]: a row is whose it was
             rows = axis.ids(op.batch)
             held = along_one(rows[taken.cpu().long()].expand(block), op.batch)
-            if op.doubt is not None and torch.equal(taken.flatten().sort().values.cpu(), torch.arange(len(rows))):
+            if op.doubt is not None and torch.equal(
+                taken.flatten().sort().values.cpu(), torch.arange(len(rows), device="cpu")
+            ):
                 op.doubt = None  # all rows in another order: whoever chose it, every example is served
             if held is None:
                 return op.mixed("picks rows across examples")
@@ -178,7 +180,7 @@ def routed(op: Operation, dim: int) -> Label:
         place = place.reshape([-1 if d == dim else 1 for d in range(max(x.dim(), 1))])
     here = owners_of(op, index, place, dim)
     if isinstance(held, Single):
-        here = merged(here, torch.full(ones, held.example))
+        here = merged(here, torch.full(ones, held.example, device="cpu"))
     elif isinstance(held, Axis):
         if held.dim != dim:
             return op.mixed()
@@ -186,7 +188,7 @@ def routed(op: Operation, dim: int) -> Label:
     if here is None or table is not None and table.dim != dim:
         return op.mixed("picks positions that differ between examples")
     size = x.size(dim)
-    owners = table.ids(op.batch) if table is not None else torch.full((size,), NOBODY)
+    owners = table.ids(op.batch) if table is not None else torch.full((size,), NOBODY, device="cpu")
     there = owners[place]
     here = here.expand(torch.broadcast_shapes(here.shape, there.shape))
     if bool(((there != here) & (there != NOBODY) & (here != NOBODY)).any()):
@@ -207,7 +209,7 @@ def owners_of(op: Operation, index: Tensor, place: Tensor, dim: int) -> Tensor |
     """The example of each entry of an index in `place`'s shape; None where it is not along `dim`."""
     axis = op.held(index)
     if not isinstance(axis, Axis):
-        return torch.full([1] * place.dim(), NOBODY if axis is None else axis.example)
+        return torch.full([1] * place.dim(), NOBODY if axis is None else axis.example, device="cpu")
     if flat(op, index):
         return axis.ids(op.batch).reshape(place.shape)
     if axis.dim != dim:

@@ -58,7 +58,7 @@ def fills_memory(tensor: Tensor) -> bool:
 def owners(op: Operation, tensor: Tensor) -> Tensor:
     """The example of each element, counted from 1, in a tensor of the same shape; 0 is nobody's."""
     held = op.held(tensor)
-    numbers = torch.empty(tensor.size(), dtype=torch.int64)
+    numbers = torch.empty(tensor.size(), dtype=torch.int64, device="cpu")
     if isinstance(held, Axis):
         shape = [-1 if d == held.dim else 1 for d in range(tensor.dim())]
         return numbers.copy_(held.ids(op.batch).reshape(shape) + 1)

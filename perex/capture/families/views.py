@@ -234,7 +234,9 @@ def cat(op: Operation) -> Label:
         if isinstance(held, Axis):
             owners.append(held.ids(op.batch))
         else:
-            owners.append(torch.full((part.size(dim),), held.example if isinstance(held, Single) else NOBODY))
+            owners.append(
+                torch.full((part.size(dim),), held.example if isinstance(held, Single) else NOBODY, device="cpu")
+            )
     return arranged(dim, torch.cat(owners), op.batch)
 
 
@@ -247,7 +249,7 @@ def stack(op: Operation) -> Label:
     dim = normal(op.arg(1, "dim", 0), result_tensor(op).dim())
     if not axes:
         owners = [single.example if isinstance(single, Single) else NOBODY for single in singles]
-        return arranged(dim, torch.tensor(owners), op.batch)
+        return arranged(dim, torch.tensor(owners, device="cpu"), op.batch)
     if any(isinstance(single, Single) for single in singles):
         return op.mixed("pairs examples with each other")
     axis = op.agreed(axes)
@@ -258,7 +260,11 @@ def pad_sequence(op: Operation) -> Label:
     """Sequences of different lengths under each other, `(N, T, ...)` or with time first."""
     sequences, batch_first = op.arg(0, "sequences"), op.arg(1, "batch_first", False)
     owners = [held.example if isinstance(held := op.held(t), Single) else NOBODY for t in sequences]
-    return op.unknown() if op.batched() else arranged(0 if batch_first else 1, torch.tensor(owners), op.batch)
+    return (
+        op.unknown()
+        if op.batched()
+        else arranged(0 if batch_first else 1, torch.tensor(owners, device="cpu"), op.batch)
+    )
 
 
 FAMILIES[torch._C._nn.pad_sequence] = pad_sequence

@@ -201,6 +201,6 @@ def pixels_under(geometry: Geometry, inputs: torch.Size, outputs: torch.Size, de
     narrow, wide = (inputs, outputs) if geometry.transposed else (outputs, inputs)
     kernel = geometry.weight_shape[2:]
     alone = replace(geometry, weight_shape=torch.Size((1, 1, *kernel)), groups=1)
-    numbers = torch.arange(1, math.prod(wide) + 1, dtype=torch.int32).reshape(1, wide[0], 1, *wide[1:])
+    numbers = torch.arange(1, math.prod(wide) + 1, dtype=torch.int32, device="cpu").reshape(1, wide[0], 1, *wide[1:])
     found = patches(numbers, torch.Size(narrow[1:]), alone) - 1  # (1, 1, P, K)
     return found[0, 0].mT.contiguous().to(device)
