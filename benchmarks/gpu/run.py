@@ -124,6 +124,7 @@ def graphed(way: SetUp) -> SetUp:
             graph.replay()
             return norms
 
+        replay.reads = step  # type: ignore[attr-defined]  # the model and its inputs, which must live
         return replay
 
     return set_up

@@ -21,9 +21,12 @@ def recomputed(values: Tensor, sizes: Tensor, exact: Callable[[Tensor], Tensor])
         exact: squared norms of some examples, `(n,)` numbers, without inner products.
 
     Returns:
-        Tensor `(B,)`, of which no more than a quarter of the digits went to cancellation.
+        Tensor `(B,)`, of which no more than a quarter of the digits went to cancellation. Where a CUDA graph is being
+        recorded, the others are NaN: what is to run may not depend on numbers then.
     """
     share = share_of(torch.finfo(values.dtype).eps)
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        return values.masked_fill((values <= share * sizes) & (sizes > 0), torch.nan)
     if bool((values > share * sizes).all()):
         return values
     examples = ((values <= share * sizes) & (sizes > 0)).nonzero().flatten()

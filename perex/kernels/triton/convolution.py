@@ -188,8 +188,20 @@ def pixels(images: Tensor) -> Tensor:
     return images.movedim(2, -1).flatten(1, -2)
 
 
-@lru_cache(maxsize=256)
+IN_GRAPHS: set[Tensor] = set()
+"""Tables that recorded CUDA graphs read: they must outlive those."""
+
+
 def pixels_under(geometry: Geometry, inputs: torch.Size, outputs: torch.Size, device: torch.device) -> Tensor:
+    """`pixel_table`, which is remembered."""
+    table = pixel_table(geometry, inputs, outputs, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        IN_GRAPHS.add(table)
+    return table
+
+
+@lru_cache(maxsize=256)
+def pixel_table(geometry: Geometry, inputs: torch.Size, outputs: torch.Size, device: torch.device) -> Tensor:
     """Which pixel each place in the kernel is over, at each position: `(K, P)`, -1 where it is over none.
 
     Args:
