@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from perex.errors import NotReadyError, PerexError
 from perex.factors import Dense, Factor, Few, Total
 from perex.gradients import Kept
 from perex.quantities import Quantity
+from perex.quantities.base import finished
 
 
 class Share:
@@ -22,7 +24,7 @@ class Share:
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
         self.open: dict[str, list[Factor]] = {}  # by the parameter's name, here and below
-        self.closed: dict[str, list[Tensor | None]] = {}
+        self.closed: dict[str, list[Any]] = {}
         self.kept: dict[str, Kept] = {}
         self.overflowed: Tensor | None = None
 
@@ -149,7 +151,7 @@ class Result:
         """The tracked parameters of all forwards."""
         return list({entry.name: entry for share in self.shares.values() for entry in share.forward.tracked}.values())
 
-    def values(self, index: int, relation: str | None) -> tuple[dict[str, Tensor], int]:
+    def values(self, index: int, relation: str | None) -> tuple[dict[str, Any], int]:
         """One quantity of every tracked parameter that has a part in it.
 
         Args:
@@ -157,17 +159,19 @@ class Result:
             relation: see `groups`.
 
         Returns:
-            Values by parameter's name, and the number of examples B.
+            Values by parameter's name, of norms perhaps `Terms`, and the number of examples B.
         """
         groups = self.groups(relation)
-        quantity, values = self.quantities[index], dict[str, Tensor]()
+        quantity, values = self.quantities[index], dict[str, Any]()
+        overflown = index == 0 and any(share.overflowed is not None for share in self.shares.values())
         for entry in self.tracked():
             found = [self.part(group[0], entry, index) for group in groups]
             parts = [part for part in found if part is not None]
             if not parts:
                 continue
-            value = quantity.joined(parts) if len(parts) > 1 else parts[0]
-            if index == 0 and any(share.overflowed is not None for share in self.shares.values()):
+            value = quantity.joined([finished(part) for part in parts]) if len(parts) > 1 else parts[0]
+            if overflown:
+                value = finished(value)
                 overflowed = torch.cat([self.overflowed(group, value.device) for group in groups])
                 value = value.masked_fill(overflowed & value.isnan(), float("inf"))
             values[entry.name] = value
@@ -184,7 +188,7 @@ class Result:
             for entry in self.tracked()
         }
 
-    def part(self, share: Share, entry: Entry, index: int) -> Tensor | None:
+    def part(self, share: Share, entry: Entry, index: int) -> Any:
         """A parameter's values from one forward; of gradients that are zero where it was not used."""
         found = share.closed.get(entry.name)
         if found is not None:

@@ -18,6 +18,7 @@ from perex.errors import ArgumentError, LossError, NotReadyError, PerexError
 from perex.gradients import Gradients, put
 from perex.kernels.strategies import Preferences, preferring
 from perex.quantities import By, Quantity, SquaredNorms, grouped
+from perex.quantities.base import finished
 from perex.report import Report, rows_of, shared_of
 from perex.result import Result
 
@@ -168,7 +169,8 @@ class Tracker:
         if by is None and type(quantity).combined is Quantity.combined:  # a sum, so that it may be scaled as a whole
             whole = quantity.combined(values)
             return times(whole, power) if values and quantity.degree else whole
-        found = {name: times(value, power) if quantity.degree else value for name, value in values.items()}
+        found = {name: finished(value) for name, value in values.items()}
+        found = {name: times(value, power) if quantity.degree else value for name, value in found.items()}
         return found if by == "parameter" else grouped(found, by, quantity.combined)
 
     @property
@@ -367,7 +369,7 @@ class Tracker:
             rows = rows_of(latest)
         return Report(rows, tracked, latest.batch, refused, shared_of(latest, names), forwards)
 
-    def _values(self, index: int) -> tuple[dict[str, Tensor], float | Tensor]:
+    def _values(self, index: int) -> tuple[dict[str, Any], float | Tensor]:
         """One quantity of the last backward, and what gradients are to be multiplied by."""
         result = self._result()
         with preferring(self._backwards.preferences):

@@ -47,7 +47,9 @@ def test_the_benchmark_for_gpus_runs_on_a_cpu(tmp_path):
     found = json.loads(results.read_text())
     (row,) = found["rows"]
     ways = {"perex", "perex, .grad", "perex, no Triton"}
-    assert set(row["cells"]) == {"plain", *ways} and found["about"]["triton runs"] is False
+    graphs = {way for way, cell in row["cells"].items() if "CUDA graphs are for GPUs" in cell.get("message", "")}
+    assert graphs == {"perex, graph", "perex, .grad, graph"}
+    assert set(row["cells"]) == {"plain", *ways, *graphs} and found["about"]["triton runs"] is False
     for way in ways:
         cell = row["cells"][way]
         assert cell["status"] == "exact" and cell["ratio"] > 0

@@ -439,6 +439,7 @@ def test_cuda_graphs(name, param_grads):
                     near(one, parameter.grad.double(), 1e-4, "grad", 1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_cuda_graph_is_not_recorded_before_the_checks():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(B, 4)
     with perex.attach(model, param_grads=False) as px, pytest.raises(perex.NotReadyError, match="before capturing"):

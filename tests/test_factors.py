@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from perex.factors import Dense, Factor, Outer, Patches, Rows, Total
+from perex.factors.terms import Terms
 from perex.kernels import blocks, convolution, outer, segments
 from perex.kernels.geometry import Geometry
 from perex.kernels.strategies import Preferences, preferring
@@ -82,7 +83,8 @@ def test_outer_norm_is_the_same_by_either_form(positions, groups, monkeypatch):
     for block in (1, 100, 2**20):
         monkeypatch.setattr(blocks, "BLOCK", block)
         for name in outer.NORMS.plans(left.shape, right.shape):
-            torch.testing.assert_close(outer.NORMS.ways[name].run(left, right), expected)
+            found = Terms.of(outer.NORMS.ways[name].run(left, right))
+            torch.testing.assert_close(found.total(), expected)
         torch.testing.assert_close(outer.gram_dot(left, right, left, right), expected)
         torch.testing.assert_close(outer.squared_norm(left, right), expected)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import perex
+from perex.factors.terms import Terms
 from perex.rules.registry import MODULES, OPERATORS
 
 torch.set_num_threads(1)
@@ -193,16 +194,16 @@ def test_disagreement_is_printed() -> None:
 
 
 def test_a_wrong_rule_of_perex_is_to_be_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    squared_norm = perex.factors.Outer.squared_norm
-    monkeypatch.setattr(perex.factors.Outer, "squared_norm", lambda self: 1.5 * squared_norm(self))
+    terms = perex.factors.Outer.terms
+    monkeypatch.setattr(perex.factors.Outer, "terms", lambda self: Terms.of(1.5 * terms(self).values))
     found = perex.verify(mlp(), (torch.randn(4, 64), torch.randint(10, (4,))), CE)
     assert [row.parameter for row in found.rows if not row.agrees] == ["0.weight", "4.weight"]
     assert "module '0'" in found.summary and "file an issue" in found.summary
 
 
 def test_a_slightly_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    squared_norm = perex.factors.Dense.squared_norm
-    monkeypatch.setattr(perex.factors.Dense, "squared_norm", lambda self: (1 + 1e-4) * squared_norm(self))
+    terms = perex.factors.Dense.terms
+    monkeypatch.setattr(perex.factors.Dense, "terms", lambda self: Terms.of((1 + 1e-4) * terms(self).total()))
     assert perex.verify(mlp(), (torch.randn(4, 64), torch.randint(10, (4,))), CE).verdict == "disagrees"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perex.factors.terms import Terms
 from perex.kernels.blocks import block_size, example_blocks
 from perex.kernels.plan import Plan
 
@@ -46,6 +47,10 @@ class Factor(ABC):
         Returns:
             Tensor `(B,)`.
         """
+
+    def terms(self) -> Terms:
+        """`squared_norm`, of which something may be left to be added up."""
+        return Terms.of(self.squared_norm())
 
     def plan(self) -> Plan | None:
         """How `squared_norm` is computed and what it costs, by shapes alone; None where that is not known."""

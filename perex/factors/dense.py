@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
-from perex.kernels.outer import whole_squares
+from perex.factors.terms import Terms
+from perex.kernels.outer import lengths, whole_squares
 from perex.kernels.plan import Plan
+from perex.kernels.products import HALVES
+
+LEFT = 2**18
+"""How many numbers are left to be squared later: 1 MiB, of each parameter."""
 
 
 @dataclass(eq=False)
@@ -41,6 +46,14 @@ class Dense(Factor):
     def squared_norm(self) -> Tensor:
         """See `Factor.squared_norm`."""
         return whole_squares(self.values.unsqueeze(1) if self.values.dim() == 1 else self.values)
+
+    def terms(self) -> Terms:
+        """See `Factor.terms`: small ones on a GPU are left as they are, to be squared along with others."""
+        values = self.values
+        if values.dim() != 2 or values.dtype in HALVES:
+            return super().terms()
+        left = values.is_cuda and values.numel() <= LEFT
+        return Terms.of(values if left else lengths(values, 1), squared=False)
 
     def plan(self) -> Plan:
         """See `Factor.plan`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.factors.dense import Dense
+from perex.factors.terms import Terms
 from perex.kernels.plan import Plan
 from perex.kernels.products import HALVES, widen
 
@@ -52,6 +53,11 @@ class Narrow(Factor):
     def squared_norm(self) -> Tensor:
         """See `Factor.squared_norm`."""
         return self.factor.squared_norm()
+
+    def terms(self) -> Terms:
+        """See `Factor.terms`."""
+        found: Terms = self.factor.terms()
+        return found
 
     def plan(self) -> Plan | None:
         """See `Factor.plan`."""

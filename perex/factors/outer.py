@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
+from perex.factors.terms import Terms
 from perex.kernels import outer as kernel
 from perex.kernels.plan import Plan
 from perex.kernels.readers import current
@@ -45,11 +46,17 @@ class Outer(Factor):
             norms, total = kernel.summed(self.left, self.right)
             self.total = total.reshape(self.shape)
             return norms
+        return self.terms().total()
+
+    def terms(self) -> Terms:
+        """See `Factor.terms`."""
+        if self.summing:
+            return super().terms()
         readers = current()
         before = readers.hits
-        norms = kernel.squared_norm(self.left.unsqueeze(1), self.right.unsqueeze(1))
+        found = kernel.squares_of(self.left.unsqueeze(1), self.right.unsqueeze(1))
         self.repeats = readers.hits > before
-        return norms
+        return Terms.of(found)
 
     def plan(self) -> Plan:
         """See `Factor.plan`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
+from perex.factors.terms import Terms
 from perex.kernels.plan import Plan
 
 
@@ -81,6 +82,10 @@ class Part(Factor):
     def squared_norm(self) -> Tensor:
         """See `Factor.squared_norm`."""
         return self.factor.squared_norm()
+
+    def terms(self) -> Terms:
+        """See `Factor.terms`."""
+        return self.factor.terms()
 
     def plan(self) -> Plan | None:
         """See `Factor.plan`."""

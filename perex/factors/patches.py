@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
+from perex.factors.terms import Terms
 from perex.kernels.blocks import example_blocks
-from perex.kernels.convolution import BACKEND, multiplied_out, plan, squared_norm, summed, summed_plan
+from perex.kernels.convolution import BACKEND, multiplied_out, plan, squares_of, summed, summed_plan
 from perex.kernels.geometry import Geometry, by_group, convolved, measures, patches, weight_gradient
 from perex.kernels.plan import Plan
 
@@ -51,7 +52,13 @@ class Patches(Factor):
         if self.summing and self.x.numel() and self.grads.numel():
             norms, self.total = summed(self.x, self.grads, self.geometry)
             return norms
-        return squared_norm(self.x, self.grads, self.geometry)
+        return self.terms().total()
+
+    def terms(self) -> Terms:
+        """See `Factor.terms`."""
+        if self.summing and self.x.numel() and self.grads.numel():
+            return super().terms()
+        return Terms.of(squares_of(self.x, self.grads, self.geometry))
 
     def plan(self) -> Plan:
         """See `Factor.plan`."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.factors.dense import Dense
+from perex.factors.terms import Terms
 from perex.kernels.cancellation import recomputed
 
 
@@ -56,6 +57,10 @@ class Total(Factor):
                     twice = 2 * factor.dot(earlier)
                     squares, sizes = squares + twice, sizes + twice.abs()
         return squares if squares is sizes else recomputed(squares, sizes, self.multiplied_out)
+
+    def terms(self) -> Terms:
+        """See `Factor.terms`."""
+        return self.factors[0].terms() if len(self.factors) == 1 else super().terms()
 
     def multiplied_out(self, examples: Tensor) -> Tensor:
         """Squared norms of some examples, `(n,)`, of gradients that were added up first."""

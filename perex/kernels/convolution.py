@@ -68,8 +68,8 @@ GATHERED = {"half": 0.42, "TF32": 0.15, "float32": 0.3}
 """What part of a large product's speed a Triton kernel reaches that looks up where patches lie."""
 
 
-def squared_norm(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
-    r"""$\|G_b\|^2$ in the cheapest way.
+def squares_of(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    r"""$\|G_b\|^2$ in the cheapest way, or terms of it.
 
     Args:
         x: input, `(B, R, C_in, *spatial)`, R rows (images) an example.
@@ -77,7 +77,7 @@ def squared_norm(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
         geometry: the convolution's options.
 
     Returns:
-        Tensor `(B,)`.
+        Tensor `(B,)` or `(B, P)`.
     """
     if x.numel() == 0 or grads.numel() == 0:
         return grads.new_zeros(x.shape[0])
@@ -85,7 +85,7 @@ def squared_norm(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
 
 
 def plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
-    """What `squared_norm` does with an input and output gradient of these shapes."""
+    """What `squares_of` does with an input and output gradient of these shapes."""
     if x.numel() == 0 or grads.numel() == 0:
         return Plan("nothing", 0, 0)
     return NORMS.choose(x, grads, geometry)
@@ -271,10 +271,10 @@ def _product(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | Non
 @NORMS.way("Triton product", _product, on_gpu=True)
 def triton_product(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     """A kernel of one pixel: its patches are the pixels, so that this is an outer product where it lies."""
-    from perex.kernels.triton.outer import direct
+    from perex.kernels.triton.outer import direct_terms
 
     left, right = (by_group(t, geometry.groups).flatten(2, -2) for t in (x, grads))
-    return direct(left, right)
+    return direct_terms(left, right)
 
 
 def _whole_unfolded(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
@@ -313,9 +313,9 @@ def _triton_direct(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan
 @NORMS.way("Triton direct", _triton_direct, on_gpu=True)
 def triton_direct(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     r"""$\|\sum_p g_p u_p^\top\|^2$, patches read where they lie and each tile of the gradient squared in registers."""
-    from perex.kernels.triton.convolution import direct
+    from perex.kernels.triton.convolution import direct_terms
 
-    return direct(x, grads, geometry)
+    return direct_terms(x, grads, geometry)
 
 
 def _triton_pixel_gram(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
@@ -334,6 +334,6 @@ def _triton_pixel_gram(x: torch.Size, grads: torch.Size, geometry: Geometry) -> 
 @NORMS.way("Triton pixel Gram", _triton_pixel_gram, on_gpu=True)
 def triton_pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     """`pixel_gram`, shifted copies of the Gram matrix of pixels added up, multiplied and summed in registers."""
-    from perex.kernels.triton.convolution import pixel_gram
+    from perex.kernels.triton.convolution import pixel_gram_terms
 
-    return pixel_gram(x, grads, geometry)
+    return pixel_gram_terms(x, grads, geometry)

@@ -44,6 +44,12 @@ def squared_norm(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         Tensor `(B,)`.
     """
+    found = squares_of(left, right)
+    return found if found.dim() == 1 else found.sum(1)
+
+
+def squares_of(left: Tensor, right: Tensor) -> Tensor:
+    """The same, or terms of it: `(B,)` or `(B, P)`."""
     return NORMS.run((left.shape, right.shape), left, right)
 
 
@@ -65,8 +71,8 @@ def _one_position(left: torch.Size, right: torch.Size) -> Plan | None:
 
 @NORMS.way("one position", _one_position, narrow=True)
 def one_position(left: Tensor, right: Tensor) -> Tensor:
-    r"""$\|l\|^2 \|r\|^2$."""
-    return (lengths(left, (2, 3)) * lengths(right, (2, 3))).square().sum(1)
+    r"""$\|l\|^2 \|r\|^2$ of each group."""
+    return (lengths(left, (2, 3)) * lengths(right, (2, 3))).square()
 
 
 def _direct(left: torch.Size, right: torch.Size) -> Plan | None:
@@ -204,9 +210,9 @@ def _triton_direct(left: torch.Size, right: torch.Size) -> Plan | None:
 @NORMS.way("Triton direct", _triton_direct, on_gpu=True)
 def triton_direct(left: Tensor, right: Tensor) -> Tensor:
     """`direct`, each tile of the gradient squared in registers."""
-    from perex.kernels.triton.outer import direct
+    from perex.kernels.triton.outer import direct_terms
 
-    return direct(left, right)
+    return direct_terms(left, right)
 
 
 def _triton_gram(left: torch.Size, right: torch.Size) -> Plan | None:
@@ -224,9 +230,9 @@ def _triton_gram(left: torch.Size, right: torch.Size) -> Plan | None:
 @NORMS.way("Triton Gram", _triton_gram, on_gpu=True)
 def triton_gram(left: Tensor, right: Tensor) -> Tensor:
     """`gram`, both Gram matrices and their product in registers, a pair of tiles of positions at a time."""
-    from perex.kernels.triton.outer import gram
+    from perex.kernels.triton.outer import gram_terms
 
-    return gram(left, right)
+    return gram_terms(left, right)
 
 
 def _whole_direct(left: torch.Size, right: torch.Size) -> Plan | None:

@@ -55,7 +55,7 @@ class Strategy:
     Attributes:
         name: what reports call it, and what it is asked for by.
         plan: from the shapes of the arguments to what it costs; None where it does not apply.
-        run: from the arguments to `(B,)`; the first of them is a floating-point tensor.
+        run: from the arguments to `(B,)`, or to terms of it, `(B, P)`; the first of them is a floating-point tensor.
         narrow: whether it takes half precision as it is, and adds up in float32; others get it in float32.
     """
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from perex.errors import ArgumentError, AttachError
 from perex.factors import Total
+from perex.factors.terms import Terms, added
 
 if TYPE_CHECKING:
     from perex.tracker import Tracker
@@ -87,9 +88,18 @@ class Quantity(ABC):
         return added_up(values.values())
 
 
-def added_up(values: Iterable[Tensor]) -> Tensor:
+def finished(value: Any) -> Any:
+    """A value of one parameter, added up if it was yet to be."""
+    return value.total() if isinstance(value, Terms) else value
+
+
+def added_up(values: Iterable[Tensor | Terms]) -> Tensor:
     """The sum of tensors, on the first one's device."""
-    total, *others = values
+    parts = list(values)
+    terms = [value for value in parts if isinstance(value, Terms)]
+    if terms:
+        return added(terms)
+    total, *others = (value for value in parts if isinstance(value, Tensor))
     if others and len({(value.dtype, value.device) for value in (total, *others)}) == 1:
         return torch.stack([total, *others]).sum(0)
     for value in others:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
 from perex.factors import Total
 from perex.quantities.base import Quantity
@@ -13,6 +13,6 @@ class SquaredNorms(Quantity):
 
     degree = 2
 
-    def reduce(self, name: str, gradient: Total) -> Tensor:
-        """See `Quantity.reduce`."""
-        return gradient.squared_norm()
+    def reduce(self, name: str, gradient: Total) -> Any:
+        """See `Quantity.reduce`: `Terms`, which are added up when they are read."""
+        return gradient.terms()

@@ -129,9 +129,10 @@ def batch_norm(captured: Captured) -> dict[str, Factor]:
     grad = captured.grads[0]
     assert grad is not None
     grad = captured.call.out_axes[0].rows(grad, captured.batch)  # (B, N, C, *spatial), N rows an example
-    x, mean, variance = grad, grad.new_zeros(channels), grad.new_ones(channels)  # or anything, if not asked for
     if captured.wants("weight"):
         x, mean, variance = captured.rows("input"), captured.value("running_mean"), captured.value("running_var")
+    else:  # or anything
+        x, mean, variance = grad, grad.new_zeros(channels), grad.new_ones(channels)
     weight, bias = plane_sums(x, grad, mean, variance, captured.option("eps", 1e-5))
     return {name: Dense(value) for name, value in (("weight", weight), ("bias", bias)) if captured.wants(name)}
 

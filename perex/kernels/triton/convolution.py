@@ -113,21 +113,28 @@ def shifted_kernel(
 def direct(
     x: Tensor, grads: Tensor, geometry: Geometry, wanted: Tensor | None = None, tile: Tile | None = None
 ) -> Tensor:
+    """The sums of `direct_terms`, `(B,)`."""
+    return direct_terms(x, grads, geometry, wanted, tile).sum(1)
+
+
+def direct_terms(
+    x: Tensor, grads: Tensor, geometry: Geometry, wanted: Tensor | None = None, tile: Tile | None = None
+) -> Tensor:
     r"""$\|\sum_p g_p u_p^\top\|^2$, nothing unfolded and each tile of the gradient squared where it was multiplied out.
 
     Args:
         x: input, `(B, R, C_in, *spatial)`.
         grads: output gradient, `(B, R, C_out, *spatial')`.
         geometry: the convolution's options.
-        wanted: of which examples, `(B,)` bytes, zero or one; others cost next to nothing, and get any number.
+        wanted: of which examples, `(B,)` bytes, zero or one; others cost next to nothing, and get zeros.
         tile: how channels are cut.
 
     Returns:
-        Tensor `(B,)`, in float32.
+        Tensor `(B, P)` in float32, squares of one tile each.
     """
     batch, groups = x.shape[0], geometry.groups
     if x.numel() == 0 or grads.numel() == 0:
-        return grads.new_zeros(batch, dtype=torch.float32)
+        return grads.new_zeros(batch, 1, dtype=torch.float32)
     if folded(geometry) != geometry:
         x, geometry = fold(x, grads.shape[-1], geometry), folded(geometry)
     narrow, wide = (x, grads) if geometry.transposed else (grads, x)
@@ -146,10 +153,15 @@ def direct(
             ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.step, PRECISION=precision(x.dtype),
             WIDEN=widened(x.dtype), ALL=wanted is None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return out.sum(1)
+    return out
 
 
 def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry, tile: Tile | None = None) -> Tensor:
+    """The sums of `pixel_gram_terms`, `(B,)`."""
+    return pixel_gram_terms(x, grads, geometry, tile).sum(1)
+
+
+def pixel_gram_terms(x: Tensor, grads: Tensor, geometry: Geometry, tile: Tile | None = None) -> Tensor:
     r"""$\sum_{ps} (g_p \cdot g_s) \sum_k x_{q_k(p)} \cdot x_{q_k(s)}$, from the Gram matrices of pixels.
 
     Args:
@@ -159,11 +171,11 @@ def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry, tile: Tile | None =
         tile: how positions are cut.
 
     Returns:
-        Tensor `(B,)`, in float32; multiplied out where terms cancel.
+        Tensor `(B, P)` in float32; multiplied out where terms cancel.
     """
     batch, groups = x.shape[0], geometry.groups
     if x.numel() == 0 or grads.numel() == 0:
-        return grads.new_zeros(batch, dtype=torch.float32)
+        return grads.new_zeros(batch, 1, dtype=torch.float32)
     narrow, wide = (
         t.movedim(1, 2).flatten(2).unflatten(1, (groups, -1))  # (B, G, C / G, P)
         for t in ((x, grads) if geometry.transposed else (grads, x))
@@ -180,7 +192,7 @@ def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry, tile: Tile | None =
             *grams, table, *terms, positions, table.shape[0], wide.shape[3], count, pairs,
             TILE=tile.rows, num_warps=tile.warps,
         )  # fmt: skip
-    return settled(terms, x.dtype, lambda wanted: direct(x, grads, geometry, wanted))
+    return settled(terms, x.dtype, lambda wanted: direct_terms(x, grads, geometry, wanted))
 
 
 def pixels(images: Tensor) -> Tensor:

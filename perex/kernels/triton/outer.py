@@ -165,7 +165,7 @@ def gram_kernel(
 def settling_kernel(
     terms: tl.tensor, values: tl.tensor, doubts: tl.tensor, parts: int, share: float, STEP: tl.constexpr
 ) -> None:
-    """Add up an example's terms, and their absolute values, and say whether the sum is too small to be trusted."""
+    """Add up an example's terms, and their absolute values; where the sum is too small to be trusted, it is zero."""
     example = tl.program_id(0)
     ours, sizes = terms + example.to(tl.int64) * parts, terms + (tl.num_programs(0) + example).to(tl.int64) * parts
     total, size = tl.zeros((STEP,), tl.float32), tl.zeros((STEP,), tl.float32)
@@ -174,43 +174,55 @@ def settling_kernel(
         total += tl.load(ours + k, mask=k < parts, other=0.0)
         size += tl.load(sizes + k, mask=k < parts, other=0.0)
     value, whole = tl.sum(total), tl.sum(size)
-    tl.store(values + example, value)
-    tl.store(doubts + example, ((value <= share * whole) & (whole > 0)).to(tl.uint8))
+    doubtful = (value <= share * whole) & (whole > 0)
+    tl.store(values + example, tl.where(doubtful, 0.0, value))
+    tl.store(doubts + example, doubtful.to(tl.uint8))
 
 
 def settled(terms: Tensor, dtype: torch.dtype, exact: Callable[[Tensor], Tensor]) -> Tensor:
     """Squared norms from Gram matrices, multiplied out where terms cancel; nobody waits to hear where that is.
 
+    What was multiplied out of other examples is zero, and what is left of these: so both are added up.
+
     Args:
         terms: `(2, B, K)`, parts of each sum of terms, and of their absolute values.
         dtype: of what was multiplied.
-        exact: squared norms without inner products, of examples that `(B,)` numbers say, zero or one.
+        exact: terms of squared norms without inner products, `(B, P)`, of examples that `(B,)` numbers say, zero or
+            one; zeros for the others.
+
+    Returns:
+        Tensor `(B, 1 + P)`.
     """
     _, batch, parts = terms.shape
-    values, doubts = terms.new_empty(batch), terms.new_empty(batch, dtype=torch.uint8)
+    values, doubts = terms.new_empty(batch, 1), terms.new_empty(batch, dtype=torch.uint8)
     with torch.cuda.device_of(terms):
         settling_kernel[(batch,)](terms, values, doubts, parts, share_of(resolution(dtype)), STEP=1024)
-    return torch.where(doubts.bool(), exact(doubts), values)
+    return torch.cat((values, exact(doubts)), 1)
 
 
 def direct(left: Tensor, right: Tensor, wanted: Tensor | None = None, tile: Tile | None = None) -> Tensor:
+    """The sums of `direct_terms`, `(B,)`."""
+    return direct_terms(left, right, wanted, tile).sum(1)
+
+
+def direct_terms(left: Tensor, right: Tensor, wanted: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     r"""$\|\sum_t l_t r_t^\top\|^2$, each tile of the gradient squared where it was multiplied out.
 
     Args:
         left: `(B, G, T, m)`, with any strides.
         right: `(B, G, T, n)`.
-        wanted: of which examples, `(B,)` bytes, zero or one; others cost next to nothing, and get any number.
+        wanted: of which examples, `(B,)` bytes, zero or one; others cost next to nothing, and get zeros.
         tile: how the gradient is cut.
 
     Returns:
-        Tensor `(B,)`, in float32.
+        Tensor `(B, P)` in float32, squares of one tile each.
     """
     left, right = (left, right) if left.shape[3] >= right.shape[3] else (right, left)  # as `left` is read once
     left, right = aligned(left), aligned(right)
     batch, groups, positions, m = left.shape
     n = right.shape[3]
     if 0 in (*left.shape, n):
-        return left.new_zeros(batch, dtype=torch.float32)
+        return left.new_zeros(batch, 1, dtype=torch.float32)
     tile = tile or direct_tile(m, n, left.dtype, left.stride(2) == 1)
     down, across = tiles(m, tile.rows), tiles(n, tile.columns)
     out = left.new_empty(batch, groups * down * across, dtype=torch.float32)
@@ -220,10 +232,15 @@ def direct(left: Tensor, right: Tensor, wanted: Tensor | None = None, tile: Tile
             ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.step, PRECISION=precision(left.dtype),
             WIDEN=widened(left.dtype), ALL=wanted is None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return out.sum(1)
+    return out
 
 
 def gram(left: Tensor, right: Tensor, tile: Tile | None = None) -> Tensor:
+    """The sums of `gram_terms`, `(B,)`."""
+    return gram_terms(left, right, tile).sum(1)
+
+
+def gram_terms(left: Tensor, right: Tensor, tile: Tile | None = None) -> Tensor:
     r"""$\sum_{ts} (l_t \cdot l_s)(r_t \cdot r_s)$, the products of a pair of tiles multiplied and added up at once.
 
     Args:
@@ -232,13 +249,13 @@ def gram(left: Tensor, right: Tensor, tile: Tile | None = None) -> Tensor:
         tile: how positions are cut.
 
     Returns:
-        Tensor `(B,)`, in float32; multiplied out where terms cancel.
+        Tensor `(B, P)` in float32; multiplied out where terms cancel.
     """
     left, right = aligned(left), aligned(right)
     batch, groups, positions, m = left.shape
     n = right.shape[3]
     if 0 in (*left.shape, n):
-        return left.new_zeros(batch, dtype=torch.float32)
+        return left.new_zeros(batch, 1, dtype=torch.float32)
     tile = tile or gram_tile(positions, left.dtype)
     count = tiles(positions, tile.rows)
     pairs = count * (count + 1) // 2
@@ -249,7 +266,7 @@ def gram(left: Tensor, right: Tensor, tile: Tile | None = None) -> Tensor:
             TILE=tile.rows, STEP=tile.step, PRECISION=precision(left.dtype), WIDEN=widened(left.dtype),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return settled(terms, left.dtype, lambda wanted: direct(left, right, wanted))
+    return settled(terms, left.dtype, lambda wanted: direct_terms(left, right, wanted))
 
 
 def aligned(x: Tensor) -> Tensor:
