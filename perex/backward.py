@@ -411,7 +411,7 @@ class Backwards:
         result.scaled = self.scaling()
         if (result.keep or self.low) and self.param_grads:
             parameters = self.session.parameters
-            result.remember(parameters.holders(entry for entry in parameters if entry.tracked))
+            result.remember(parameters.holders(parameters.tracked()))
         self.result = result
         torch.autograd.Variable._execution_engine.queue_callback(partial(self.over, result))
         self.pending = []

@@ -125,6 +125,9 @@ class Parameters:
         self.entries: dict[int, Entry] = {}
         """By the identity of each parameter, and of the other tensor of a sharded one."""
         self.current: list[Entry] = []
+        self.modules: list[nn.Module] = []
+        self.layout: list[int] = []  # what these modules hold, by identity
+        self.asks = callable(params)  # a function may answer otherwise for what it did not want before
         self.sharded = False  # whether the model turned out to be
         self.gone = False  # whether a parameter is the model's no more, and somebody may still hold on to it
         try:
@@ -177,9 +180,19 @@ class Parameters:
                 self.unwatch(entry)
                 self.gone = True
         self.entries = found
-        for entry in self:
+        self.modules = list(self.model.modules())
+        self.layout = layout_of(self.modules)
+        self.follow()
+
+    def follow(self) -> None:
+        """Watch those that are tracked now."""
+        for entry in self.current:
             if entry.handle is None and entry.tracked:
                 entry.handle = self.watch(entry)
+
+    def tracked(self) -> list[Entry]:
+        """Those whose per-example gradients are wanted now."""
+        return [entry for entry in self.current if entry.tracked]
 
     def holders(self, entries: Iterable[Entry]) -> dict[str, nn.Parameter]:
         """The parameters that have a `.grad`, by name: the shards of sharded ones, whichever is in its module now."""
@@ -192,7 +205,9 @@ class Parameters:
         The hooks of `fully_shard` want a gradient before those of the module's inputs have come, and autograd runs the
         younger of two nodes first: the alias of a sharded parameter must not be older than the forward.
         """
-        self.refresh()
+        if self.sharded or self.asks or layout_of(self.modules) != self.layout:
+            self.refresh()
+        self.follow()
         for entry in self.entries.values() if self.sharded else ():
             entry.sharded, entry.stand_in = True, None
 
@@ -288,6 +303,13 @@ class Parameters:
         for entry in self.entries.values():
             self.unwatch(entry)
             entry.stand_in = entry.values = entry.total = None
+
+
+def layout_of(modules: Iterable[nn.Module]) -> list[int]:
+    """The identities of all parameters and modules in some modules, place by place."""
+    return [
+        id(held) for module in modules for holder in (module._parameters, module._modules) for held in holder.values()
+    ]
 
 
 def same(one: Tensor, other: Tensor) -> bool:

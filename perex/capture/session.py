@@ -204,7 +204,7 @@ class Session:
                     self.memo.forget()
                 self.consumed = False
                 self.forwards += 1
-            tracked = [entry for entry in self.parameters if entry.tracked]
+            tracked = self.parameters.tracked()
             number = -1 if recomputed else self.forwards
             forward = Forward(number, self.receiver, batch, frame.path, tracked)
             forward.task = torch._C._current_graph_task_id() if recomputed else None
@@ -283,7 +283,7 @@ class Session:
         self.restore = nothing
         if self.capture is not None:
             forward = self.capture.forward
-            forward.tracked = [entry for entry in self.parameters if entry.tracked]
+            forward.tracked = self.parameters.tracked()
             if forward.record is not None and forward.record.versions != self.parameters.versions():
                 forward.record = None  # it changes its own parameters, and would do so again
             take_off(self.capture)
@@ -311,7 +311,7 @@ class Session:
         """From here on a module with a rule of its own is one operator."""
         rule = module_rule_for(module)
         if rule is not None and self.capture is not None:
-            own = {entry.name for entry in self.parameters if entry.tracked}
+            own = {entry.name for entry in self.parameters.tracked()}
             names = [f"{frame.path}.{name}".lstrip(".") for name, _ in module.named_parameters()]
             if own.intersection(names):
                 self.capture.opaque = frame
