@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -444,3 +446,47 @@ def test_a_cuda_graph_is_not_recorded_before_the_checks():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(B, 4)
     with perex.attach(model, param_grads=False) as px, pytest.raises(perex.NotReadyError, match="before capturing"):
         recorded(lambda: px.backward(model(x).sum(1)), warm=0)
+
+
+@pytest.mark.parametrize("name", ["MLP", "conv2d", "GPT-2", "embedding", "ViT"])
+def test_scores_from_a_cuda_graph(name):
+    """Batches of one shape are replayed; the last, smaller one runs as usual."""
+    model, make = CASES[name].make(), CASES[name].x
+    x = torch.cat([make() for _ in range(7)])[:-2]
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        return losses_of(model(batch[0]), batch[1])
+
+    pool = x, torch.arange(len(x))
+    options = {"step": step, "batch_size": B, "progress": False, "by": "parameter"}
+    expected = perex.score(model, pool, **options)
+    found = perex.score(model, pool, **options, cuda_graphs=True)
+    near(found.norms, expected.norms.double(), 1e-5, "norms")
+    near(found.losses, expected.losses.double(), 1e-5, "losses")
+    for part in expected.parts:
+        near(found.parts[part], expected.parts[part].double(), 1e-4, part, 1e-2)
+
+
+BRANCHING = """
+import torch, perex
+from torch import nn
+
+class Branching(nn.Linear):
+    def forward(self, x):
+        return super().forward(x if bool((x.detach() > 100).any()) else 2 * x)
+
+torch.manual_seed(0)
+with torch.device("cuda"):
+    model, x = Branching(4, 2), torch.randn(40, 4)
+try:
+    perex.score(model, (x, x[:, :2]), nn.MSELoss(), batch_size=4, progress=False, cuda_graphs=True)
+except perex.PerexError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_branch_is_not_recorded():
+    """In a process of its own: torch does not get over a recording that failed."""
+    command = [sys.executable, "-c", BRANCHING]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert printed.startswith("refused: ") and "graph" in printed

@@ -502,3 +502,12 @@ def test_the_examples_in_the_docstrings_run(name: str) -> None:
     module = importlib.import_module("perex.scoring.score" if name == "score" else f"perex.scoring.{name}")
     failed, tried = doctest.testmod(module, extraglobs={"progress": False})
     assert tried and not failed
+
+
+def test_cuda_graphs_are_for_gpus_and_for_norms():
+    model, pool = nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(perex.ScoringError, match="cuda_graphs=True needs a GPU, and the model is on cpu"):
+        perex.score(model, pool, nn.CrossEntropyLoss(), cuda_graphs=True)
+    quantities = {"grads": perex.Grads()}
+    with pytest.raises(perex.ScoringError, match="further quantities"):
+        perex.score(model, pool, nn.CrossEntropyLoss(), quantities=quantities, cuda_graphs=True)
