@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from perex.errors import LossError, PerexError
+from perex.quantities import Grads
 from perex.scoring import Scores, ScoringError, score
 
 torch.set_num_threads(1)
@@ -506,8 +507,8 @@ def test_the_examples_in_the_docstrings_run(name: str) -> None:
 
 def test_cuda_graphs_are_for_gpus_and_for_norms():
     model, pool = nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
-    with pytest.raises(perex.ScoringError, match="cuda_graphs=True needs a GPU, and the model is on cpu"):
-        perex.score(model, pool, nn.CrossEntropyLoss(), cuda_graphs=True)
-    quantities = {"grads": perex.Grads()}
-    with pytest.raises(perex.ScoringError, match="further quantities"):
-        perex.score(model, pool, nn.CrossEntropyLoss(), quantities=quantities, cuda_graphs=True)
+    with pytest.raises(ScoringError, match="cuda_graphs=True needs a GPU, and the model is on cpu"):
+        score(model, pool, nn.CrossEntropyLoss(), cuda_graphs=True)
+    quantities = {"grads": Grads()}
+    with pytest.raises(ScoringError, match="further quantities"):
+        score(model, pool, nn.CrossEntropyLoss(), quantities=quantities, cuda_graphs=True)
