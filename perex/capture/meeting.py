@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perex.capture.autocast import as_read
 from perex.capture.axis import Axis, Held, Label, Lost, Single
 from perex.capture.carry import tensors_in
 from perex.capture.checkpoint import run_recomputation_in, sparing
@@ -60,6 +61,8 @@ class Meeting:
         values = [self.labels.stand_in(tensor) for tensor in tensors]
         if not self.labels.parameters.param_grads:
             values = [v if s is None else v.detach() for v, s in zip(values, sources, strict=True)]
+        if rule.multiplies:
+            values = [as_read(v) if s is None else v for v, s in zip(values, sources, strict=True)]
         out = func(*unpack(packed_args, values), **unpack(packed_kwargs, values))
         out_axes: list[Held] = []
         for label in self.labels.of_results(func, args, kwargs, out, tensors_in(out)):
@@ -105,6 +108,9 @@ class Meeting:
                     if name in summed:
                         aliases.append(given[place.key])
                         given[place.key] = given[place.key].detach()
+            if call is not None and call.rule.multiplies:
+                items = (*enumerate(args), *kwargs.items())
+                given |= {key: as_read(value) for key, value in items if key not in given}
             args = tuple([given.get(key, value) for key, value in enumerate(args)])
             kwargs = {key: given.get(key, value) for key, value in kwargs.items()}
         out = func(*args, **kwargs)

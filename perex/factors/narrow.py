@@ -77,8 +77,8 @@ class Narrow(Factor):
 
     def joined(self, other: Factor, how: str) -> Factor | None:
         """One factor for both, made of what is under them."""
-        if not isinstance(other, Narrow):
-            return getattr(self.wide(), how)(other)
+        if not isinstance(other, Narrow):  # of another kind, there is nothing to be widened for
+            return getattr(self.wide(), how)(other) if type(other) is type(self.factor) else None
         found = getattr(self.factor, how)(other.factor)
         return None if found is None else narrow(found)
 

@@ -45,6 +45,7 @@ def factors_of(captured: Captured, geometry: Geometry, pad: Sequence[int] = ()) 
     parameters="weight bias",
     saves={"weight": "input"},
     narrow=True,
+    multiplies=True,
 )
 def convolution(captured: Captured) -> dict[str, Factor]:
     """`F.conv1d`, `F.conv2d`, `F.conv3d`, with padding as numbers or by name."""
@@ -71,6 +72,7 @@ def convolution(captured: Captured) -> dict[str, Factor]:
     parameters="weight bias",
     saves={"weight": "input"},
     narrow=True,
+    multiplies=True,
 )
 def transposed_convolution(captured: Captured) -> dict[str, Factor]:
     """`F.conv_transpose1d` and its kin, whose weight is `(C_in, C_out / groups, *kernel)`."""

@@ -29,7 +29,12 @@ def added(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 @operator_rule(
-    F.linear, arguments="input weight bias", parameters="weight bias", saves={"weight": "input"}, narrow=True
+    F.linear,
+    arguments="input weight bias",
+    parameters="weight bias",
+    saves={"weight": "input"},
+    narrow=True,
+    multiplies=True,
 )
 def linear(captured: Captured) -> dict[str, Factor]:
     r"""`F.linear`: $W$ is `(d_out, d_in)`, and the bias's gradient is $\sum_t g_{bt}$."""
@@ -57,6 +62,7 @@ def linear(captured: Captured) -> dict[str, Factor]:
     saves={"other": "input"},
     applies=lambda tensors: tensors["other"].dim() == 2 and tensors["input"].dim() >= 2,
     narrow=True,
+    multiplies=True,
 )
 def matmul(captured: Captured) -> dict[str, Factor]:
     r"""`x @ W`: $W$ is `(d_in, d_out)`, so $G_b = \sum_t x_{bt} g_{bt}^\top$."""
@@ -72,6 +78,7 @@ def matmul(captured: Captured) -> dict[str, Factor]:
     saves={"mat2": "mat1"},
     applies=lambda tensors: tensors["input"].dim() == 1,
     narrow=True,
+    multiplies=True,
 )
 def addmm(captured: Captured) -> dict[str, Factor]:
     """`bias + x @ W`: HF's `Conv1D`, which stores `W` as `(d_in, d_out)`."""

@@ -33,6 +33,7 @@ class Rule:
         function: from `Captured` to a factor for each wanted parameter.
         applies: whether it covers a call with these tensors, by argument name.
         narrow: whether it takes half precision as it is on GPUs, makes factors of that, and adds up in float32.
+        multiplies: whether autocast has the operator read its arguments in half precision.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Rule:
     function: RuleFunction
     applies: Callable[[dict[str, Tensor]], bool] = field(default=lambda tensors: True)
     narrow: bool = False
+    multiplies: bool = False
 
 
 OPERATORS: dict[Any, Rule] = {}
@@ -55,6 +57,7 @@ def operator_rule(
     saves: Mapping[str, str] | None = None,
     applies: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
     narrow: bool = False,
+    multiplies: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule for torch operators.
 
@@ -66,6 +69,7 @@ def operator_rule(
             for them only while that parameter is tracked.
         applies: a test on the call's tensors; where it fails, the general path is taken.
         narrow: whether the rule takes half precision as it is; see `Rule`.
+        multiplies: whether autocast has the operators read half precision; see `Rule`.
 
     Raises:
         ValueError: an operator has a rule already.
@@ -80,6 +84,7 @@ def operator_rule(
             function,
             applies,
             narrow,
+            multiplies,
         )
         for operator in dict.fromkeys(operators):
             if operator in OPERATORS:
