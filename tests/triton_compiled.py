@@ -16,7 +16,7 @@ from perex.kernels.triton import affine, convolution, outer, rows
 from perex.kernels.triton.tiles import LARGEST, LARGEST_PLAIN
 
 READ = ("left", "right", "narrow", "wide", "grads", "x")
-WRITTEN = ("out", "size", "mean", "inverse", "weight", "bias", "terms", "values")
+WRITTEN = ("out", "size", "mean", "variance", "weight", "bias", "terms", "values")
 POINTERS = {"order": "*i64", "counts": "*i64", "table": "*i32", "wanted": "*u8", "doubts": "*u8"}
 UNIT = ("left_m", "right_n", "grads_d", "narrow_c", "x_p", "grads_p", "x_d")
 

@@ -109,7 +109,7 @@ class Meeting:
                         aliases.append(given[place.key])
                         given[place.key] = given[place.key].detach()
             if call is not None and call.rule.multiplies:
-                items = (*enumerate(args), *kwargs.items())
+                items: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
                 given |= {key: as_read(value) for key, value in items if key not in given}
             args = tuple([given.get(key, value) for key, value in enumerate(args)])
             kwargs = {key: given.get(key, value) for key, value in kwargs.items()}

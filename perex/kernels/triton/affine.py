@@ -16,17 +16,18 @@ SPREAD, SHORTEST = 1024, 8
 """How many programs share the rows of a batch, and how many rows each has at least."""
 
 
-@triton.jit(do_not_specialize=["planes", "channels"])
+@triton.jit(do_not_specialize=["planes", "channels", "eps"])
 def planes_kernel(
     x: tl.tensor,
     grads: tl.tensor,
     mean: tl.tensor,
-    inverse: tl.tensor,
+    variance: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
     planes: int,
     channels: int,
     length: int,
+    eps: float,
     x_b: tl.tensor,
     x_c: tl.tensor,
     x_p: tl.tensor,
@@ -50,7 +51,8 @@ def planes_kernel(
         value = tl.load(xs + p[None, :].to(tl.int64) * x_p, mask=there, other=0.0).to(tl.float32)
         products += g * (value - mu[:, None])
         sums += g
-    tl.store(weight + i, tl.sum(products, 1) * tl.load(inverse + c).to(tl.float32), mask=i < planes)
+    inverse = tl.rsqrt(tl.load(variance + c).to(tl.float32) + eps)
+    tl.store(weight + i, tl.sum(products, 1) * inverse, mask=i < planes)
     tl.store(bias + i, tl.sum(sums, 1), mask=i < planes)
 
 
@@ -106,8 +108,8 @@ def plane_sums(x: Tensor, grads: Tensor, mean: Tensor, variance: Tensor, eps: fl
     some = AT_ONCE // step
     with torch.cuda.device_of(x):
         planes_kernel[(tiles(planes, some),)](
-            x, grads, mean, (variance + eps).rsqrt(), weight, bias, planes, channels, size, *x.stride(),
-            *grads.stride(), PLANES=some, STEP=step, num_warps=4,
+            x, grads, mean, variance, weight, bias, planes, channels, size, eps, *x.stride(), *grads.stride(),
+            PLANES=some, STEP=step, num_warps=4,
         )  # fmt: skip
     return (weight[:, 0], bias[:, 0]) if rows == 1 else (weight.sum(1), bias.sum(1))
 

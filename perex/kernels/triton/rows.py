@@ -59,7 +59,7 @@ def squared_norm(ids: Tensor, grads: Tensor) -> Tensor:
     batch, positions, width = grads.shape
     if grads.numel() == 0:
         return grads.new_zeros(batch, dtype=torch.float32)
-    found, order = torch.sort(ids, dim=1)
+    found, order = torch.sort(ids.int(), dim=1)  # of 32 bits, for half the passes
     found, order = found.contiguous(), order.contiguous()
     begin, end = torch.searchsorted(found, found), torch.searchsorted(found, found, right=True)
     counts = (end - begin) * (begin == torch.arange(positions, device=ids.device))
