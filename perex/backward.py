@@ -22,7 +22,7 @@ from perex.capture.suspects import SINK, nodes
 from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor
 from perex.factors.outline import outline
-from perex.gradients import tensors_of
+from perex.gradients import sum_of, tensors_of
 from perex.kernels.readers import reading
 from perex.kernels.strategies import Preferences, preferring
 from perex.quantities import Quantity
@@ -159,12 +159,18 @@ class Backwards:
         if self.result is not None:
             self.result.total = total
 
-    def sum_again(self, result: Result, weights: Callable[[str, Forward], Tensor]) -> dict[str, Tensor]:
+    def sum_again(
+        self,
+        result: Result,
+        weights: Callable[[str, Forward], Tensor],
+        skip: Callable[[Forward], Tensor | None],
+    ) -> dict[str, Tensor]:
         r"""$\sum_b w_b G_b$ of each parameter, by running a backward a second time, up to the taps.
 
         Args:
             result: what the first time brought; its graph is let go.
             weights: of the examples of a forward, `(B,)`, for a parameter.
+            skip: which of them to leave out, booleans `(B,)`.
 
         Returns:
             Sums by parameter; there is none for one that was not used.
@@ -172,7 +178,7 @@ class Backwards:
         sums: dict[str, Tensor] = {}
 
         def take(forward: Forward, entry: Entry, factor: Factor) -> None:
-            found = factor.weighted_sum(weights(entry.name, forward))
+            found = sum_of(factor, weights(entry.name, forward), skip(forward))
             sums[entry.name] = sums[entry.name] + found if entry.name in sums else found
 
         total, result.total = result.total, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perex.capture.sharding import is_shard
 from perex.errors import ArgumentError, NotReadyError
-from perex.factors import Total
+from perex.factors import Factor, Total
 from perex.quantities.base import added_up
 
 
@@ -78,16 +78,19 @@ class Gradients:
         """
         return dict(self.weighted_sums(weights))
 
-    def weighted_sums(self, weights: Tensor | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """`weighted_sum`, one parameter after the other."""
+    def weighted_sums(
+        self, weights: Tensor | Mapping[str, Tensor], skip: Tensor | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """`weighted_sum`, one parameter after the other; without some examples, `(B,)` booleans."""
         for name in self.names:
             own = weights if isinstance(weights, Tensor) else weights[name]
             totals = self.totals(name)
             if own.shape != (self.batch_size,):
                 raise ArgumentError(f"weights: of shape {tuple(own.shape)} for {self.batch_size} examples")
             own = own.detach() * (self.scale.to(own) if isinstance(self.scale, Tensor) else self.scale)
-            parts = own.split([total.batch for total in totals])
-            yield name, added_up(total.weighted_sum(part) for total, part in zip(totals, parts, strict=True))
+            sizes = [total.batch for total in totals]
+            skips: Sequence[Tensor | None] = [None] * len(sizes) if skip is None else skip.split(sizes)
+            yield name, added_up(map(sum_of, totals, own.split(sizes), skips))
 
     def materialized(self) -> Iterator[tuple[str, Tensor]]:
         """$g_b$ of each parameter, `(B, *shape)`, one parameter after the other."""
@@ -113,6 +116,22 @@ class Gradients:
             for name in self.names
         )
         return found * self.scale * other.scale
+
+
+def sum_of(factor: Factor, weights: Tensor, skip: Tensor | None) -> Tensor:
+    r"""$\sum_b w_b G_b$ without some examples, whose gradients may be no numbers: zero times these is not zero.
+
+    Args:
+        factor: the gradients.
+        weights: `(B,)`.
+        skip: booleans `(B,)`; None to leave nobody out.
+    """
+    if skip is None:
+        return factor.weighted_sum(weights)
+    others = (~skip).nonzero().flatten()
+    if not others.numel():
+        return torch.zeros(factor.shape, dtype=weights.dtype, device=weights.device)
+    return factor.take(others).weighted_sum(weights[others.to(weights.device)])
 
 
 def put(parameter: nn.Parameter, total: Tensor, before: Tensor | None, anew: bool) -> None:

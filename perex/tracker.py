@@ -17,7 +17,7 @@ from perex.clipping import Groups, bounds_of, clipped, groups_of, normalized, no
 from perex.errors import ArgumentError, LossError, NotReadyError, PerexError
 from perex.gradients import Gradients, put
 from perex.kernels.strategies import Preferences, preferring
-from perex.quantities import By, Quantity, SquaredNorms, grouped
+from perex.quantities import By, Quantity, SquaredNorms, added_up, grouped
 from perex.quantities.base import finished
 from perex.report import Report, rows_of, shared_of
 from perex.result import Result
@@ -193,6 +193,7 @@ class Tracker:
         normalize: bool = False,
         stability: float = 0.01,
         scale: float | Tensor = 1.0,
+        skip: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         r"""Make `.grad` the sum of clipped gradients, $\sum_b \min(1, C / \|g_b\|) \, g_b$.
 
@@ -209,6 +210,7 @@ class Tracker:
                 examples count in full: automatic clipping.
             stability: $\gamma$.
             scale: what the sum is multiplied by, such as 1/B for a mean.
+            skip: booleans `(B,)`, of examples that are to have no part in the sum, whatever their gradients are.
 
         Returns:
             The norms before, `(B,)`, or a dict of them by group.
@@ -237,14 +239,15 @@ class Tracker:
             bound, norm = bounds[group], norms[group]
             own = normalized(norm, bound, stability) if normalize else clipped(norm, bound)
             weights.update(dict.fromkeys(names, times(own, scale)))
-        self._put(weights)
+        self._put(weights, skip)
         return norms[""] if by is None else norms
 
     def reweight_(self, weights: Tensor) -> None:
         r"""Make `.grad` a weighted sum, $\sum_b w_b g_b$: importance weights, or a choice of examples. See `clip_`.
 
         Args:
-            weights: `(B,)`; negative ones are weights too, and $1/B$ each gives the gradient of the mean.
+            weights: `(B,)`; negative ones are weights too, and $1/B$ each gives the gradient of the mean. With weight
+                zero, an example has no part in it, even if its gradient is not finite.
 
         Raises:
             NotReadyError: there was no backward since the last forward, or its gradients were not kept.
@@ -264,7 +267,8 @@ class Tracker:
         if not isinstance(weights, Tensor) or weights.shape != (count,):
             what = f"a tensor {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
             raise ArgumentError(f"weights: expected one an example, ({count},), got {what}")
-        self._put(dict.fromkeys(squares, weights))
+        spoilt = (weights == 0) & ~added_up(squares.values()).isfinite().to(weights.device)
+        self._put(dict.fromkeys(squares, weights), spoilt if bool(spoilt.any()) else None)
 
     def gradients(self) -> Gradients:
         """The per-example gradients of the last backward, not multiplied out; they outlive the next forward.
@@ -293,8 +297,8 @@ class Tracker:
         """Have a function called at the end of each backward, when its result can be read."""
         self._backwards.after.append(action)
 
-    def _put(self, weights: Mapping[str, Tensor]) -> None:
-        """Make `.grad` what it was before the backward, plus a weighted sum."""
+    def _put(self, weights: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
+        """Make `.grad` what it was before the backward, plus a weighted sum; see `clip_`."""
         result = self._result()
         parameters = self._session.parameters.holders(result.tracked())
         before = result.remember(parameters)
@@ -302,17 +306,17 @@ class Tracker:
             name: None if grad is None or cleared(parameters[name].grad) else grad for name, grad in before.items()
         }
         if self._memory == "low":
-            sums = self._again(result, weights)
+            sums = self._again(result, weights, skip)
             for name, parameter in parameters.items():
                 total = sums[name] if name in sums else torch.zeros(parameter.shape, device=parameter.device)
                 put(parameter, total, before[name], anew=False)
             return
         gradients = self.gradients()
-        for name, total in gradients.weighted_sums(weights):
+        for name, total in gradients.weighted_sums(weights, skip):
             grad = parameters[name].grad
             put(parameters[name], total, before[name], anew=grad is not None and gradients.shares_memory(name, grad))
 
-    def _again(self, result: Result, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _again(self, result: Result, weights: Mapping[str, Tensor], skip: Tensor | None) -> dict[str, Tensor]:
         """Weighted sums from a second run of the backward."""
         if result.total is None:
             raise NotReadyError(
@@ -328,7 +332,9 @@ class Tracker:
             first += group[0].forward.batch
         scale = self.scale
         return self._backwards.sum_again(
-            result, lambda name, forward: times(weights[name].detach()[parts[forward]], scale)
+            result,
+            lambda name, forward: times(weights[name].detach()[parts[forward]], scale),
+            lambda forward: None if skip is None else skip[parts[forward]],
         )
 
     def report(self) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -231,7 +232,8 @@ class PrivateBackward(Controller):
         self.px.backward(losses)
         scale = self.scale_of(losses.device)
         bounds = getattr(optimizer, "max_grad_norms", None)
-        if self.overflowed(losses, bounds is not None):
+        bad = self.without_bound(bounds is not None)
+        if bad is not None and self.overflowed(losses[bad]):
             optimizer.expect_whole()
             for parameter in optimizer.params:  # the scaler will see it, take no step, and scale less
                 parameter.grad = torch.full_like(parameter, torch.inf)
@@ -240,38 +242,36 @@ class PrivateBackward(Controller):
         scaling: float | Tensor = 1.0 if self.grad_scaler is None else scale
         share = scaling / optimizer.world_size if self.averages() else scaling
         if bounds is None:
-            self.px.clip_(float(optimizer.max_grad_norm), scale=share)
+            self.px.clip_(float(optimizer.max_grad_norm), scale=share, skip=bad)
         else:
             names = {id(parameter): name for name, parameter in self.module.named_parameters()}
             pairs = zip(optimizer.params, bounds, strict=True)
-            self.px.clip_({names[id(p)]: float(bound) for p, bound in pairs}, by="parameter", scale=share)
+            self.px.clip_({names[id(p)]: float(bound) for p, bound in pairs}, by="parameter", scale=share, skip=bad)
         optimizer.wrote(scale)
 
-    def overflowed(self, losses: Tensor, by_parameter: bool) -> bool:
-        """Whether an example's gradient is not finite because of the scale of its loss.
-
-        Raises:
-            PrivacyError: one is not finite, and no scaler has a part in it.
-        """
+    def without_bound(self, by_parameter: bool) -> Tensor | None:
+        """Which examples' gradients, or their squares, are not finite, `(B,)`; None if all are."""
         norms: Any = self.px.squared_norms(by="parameter" if by_parameter else None)
-        bad = torch.zeros_like(losses, dtype=torch.bool)
-        for squares in norms.values() if by_parameter else [norms]:
-            bad |= ~squares.detach().isfinite()
-        count = int(bad.sum())
-        if count == 0:
-            return False
-        if (
-            self.grad_scaler is not None
-            and self.grad_scaler.is_enabled()
-            and bool(losses.detach()[bad].isfinite().all())
-        ):
+        finite = [squares.isfinite() for squares in (norms.values() if by_parameter else [norms])]
+        bad = ~torch.stack([found.to(finite[0].device) for found in finite]).all(0)
+        return bad if bool(bad.any()) else None
+
+    def overflowed(self, losses: Tensor) -> bool:
+        """Whether the gradients of examples are not finite because of the scale of their losses.
+
+        If not, no clipping bounds what they would do to the step, so they are to have no part in it. To raise would let
+        one example decide whether training goes on, which no noise would hide.
+        """
+        if self.grad_scaler is not None and self.grad_scaler.is_enabled() and bool(losses.detach().isfinite().all()):
             return True
-        raise PrivacyError(
-            f"loss.backward(): the gradients of {count} of {len(losses)} examples, or their squares, are not finite, "
-            "so no clipping bounds what they would do to the step. Nothing was written to `.grad`. It is often a 0/0 "
-            "in the loss of an example alone, as the mean over targets that all have a class weight of zero, or an "
-            "input that is not finite: leave such examples out, or let the criterion return a zero for them"
+        warnings.warn(
+            f"loss.backward(): the gradients of {len(losses)} examples, or their squares, are not finite. No clipping "
+            "bounds these, so they have no part in the step. It is often a 0/0 in the loss of an example alone, as the "
+            "mean over targets that all have a class weight of zero, an input that is not finite, or a model that has "
+            "diverged",
+            stacklevel=4,
         )
+        return False
 
     def averages(self) -> bool:
         """Whether the optimizer wants a mean over processes: Opacus's for shards does, where losses are means."""

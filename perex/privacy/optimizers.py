@@ -14,6 +14,7 @@ from opacus.optimizers import (
 )
 from torch import Tensor, nn
 
+from perex.capture.sharding import is_shard
 from perex.privacy.errors import PrivacyError
 
 NOT_PRIVATE = (
@@ -22,13 +23,30 @@ NOT_PRIVATE = (
 )
 
 
+class Unsaved(Tensor):
+    """A tensor that no pickle and no copy takes along: there, None is in its place."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Nothing is kept."""
+        return nothing, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Nothing is copied."""
+
+
+def nothing() -> None:
+    """What is in the place of an `Unsaved`."""
+
+
 class PrivateSteps:
     """What all private optimizers do beside adding noise, which Opacus does: refuse gradients that are not private.
 
     Clipped sums are written to `.grad` by a private backward, which tells `wrote`. Whatever else writes there (another
     loss, a use of a parameter outside the model, clipping of the whole batch's gradient) is noticed before the step: by
     the tensor's version and norm, or, where a scaler is to divide it, by a copy. Sums without noise are never left on
-    parameters once they are taken up.
+    parameters once they are taken up, but where Opacus leaves them, and there nobody saves them.
     """
 
     params: list[nn.Parameter]
@@ -162,6 +180,13 @@ class PrivateSteps:
             new = self._held[parameter]
             self._sums[parameter] = new if summed is None else summed.add_(new)
         self._held = {}
+        self.show(self._sums)
+
+    def show(self, sums: dict[nn.Parameter, Tensor]) -> None:
+        """Have sums where Opacus has them, to be looked at until gradients are cleared."""
+        for parameter, total in sums.items():
+            if not is_shard(parameter):
+                parameter.summed_grad = total.as_subclass(Unsaved)  # type: ignore[attr-defined]
 
     def add_noise(self) -> None:
         """Have Opacus add noise to the sums, and let go of these."""
@@ -175,15 +200,16 @@ class PrivateSteps:
                     shards[parameter] = {"summed_grad": sums[parameter]}
             super().add_noise()  # type: ignore[misc]
         finally:
-            for parameter in sums:
-                parameter.summed_grad = None  # type: ignore[attr-defined]
-                if shards is not None:
-                    shards.pop(parameter, None)
+            self.show(sums)
+            for parameter in sums if shards is not None else ():
+                shards.pop(parameter, None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the sum of clipped ones unless the logical batch goes on."""
         if not self._is_last_step_skipped:  # type: ignore[attr-defined]
             self._sums = {}
+            for parameter in self.params:
+                parameter.summed_grad = None  # type: ignore[attr-defined]
         self.original_optimizer.zero_grad(set_to_none)
         self._ready, self._backwards, self._held = False, 0, {}
 
