@@ -217,7 +217,8 @@ class Tracker:
 
         Raises:
             NotReadyError: there was no backward since the last forward, or its gradients were not kept.
-            ArgumentError: a bound is no positive number, or a parameter is in no group.
+            ArgumentError: a bound is no positive number, a parameter is in no group, or `skip` is not one boolean an
+                example.
 
         Example:
             >>> import torch, perex
@@ -231,6 +232,10 @@ class Tracker:
             Abadi et al., "Deep Learning with Differential Privacy", 2016; Bu et al., "Automatic Clipping", 2022.
         """
         squares = self.read(self._quantities[0], by="parameter")
+        count = len(next(iter(squares.values())))
+        if skip is not None and (not isinstance(skip, Tensor) or skip.dtype != torch.bool or skip.shape != (count,)):
+            what = f"{tuple(skip.shape)} of {skip.dtype}" if isinstance(skip, Tensor) else type(skip).__name__
+            raise ArgumentError(f"skip: expected one boolean an example, ({count},), got {what}")
         groups = groups_of(by, list(squares))
         bounds = bounds_of(max_norm, groups)
         norms = norms_of(squares, groups)
