@@ -53,9 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loop = looped(case, model, x, y)
     exact = looped(case, copy.deepcopy(model).double(), x.double() if x.is_floating_point() else x, y)
     whole = sum(exact.values())
-    print(
-        f"{case.name}: of the whole norm, perex {off(sum(squares.values()), whole)}, loop {off(sum(loop.values()), whole)}"
-    )
+    of_perex, of_loop = (off(sum(each.values()), whole) for each in (squares, loop))
+    print(f"{case.name}: squares of the whole norm: perex {of_perex}, loop {of_loop}")
     shares = {name: float(((squares[name] - each).abs() / whole).max()) for name, each in exact.items()}
     for name in sorted(shares, key=shares.__getitem__, reverse=True)[: options.most]:
         print(
