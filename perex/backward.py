@@ -117,10 +117,11 @@ class Backwards:
         count = len(losses)
         sizes = [forward.batch for forward in forwards]
         if count not in sizes and count != sum(sizes):
+            of_one = " An input of one row beside others is taken for shared by all, unless a larger batch came before."
             raise LossError(
                 f"losses: {count} losses for a forward of {' and '.join(map(str, sizes))} examples: there must be one "
                 "loss an example. Average the losses of an example's own tokens or pixels; or is the batch axis "
-                "another than `batch_dim`?"
+                f"another than `batch_dim`?{of_one if count == 1 else ''}"
             )
         self.result = None
         if not losses.requires_grad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -187,3 +188,40 @@ def test_gradient_hooks_on_derived_tensors_are_refused(derived, hook):
     model = Net()
     with perex.attach(model), pytest.raises(perex.UnsupportedError, match="derived from parameters alone"):
         model(torch.randn(3, T, 6))
+
+
+class Matched(nn.Module):
+    """Examples beside a table that they share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return self.query(x) @ self.key(table).T
+
+
+@pytest.mark.parametrize("way", ["losses", "loss"])
+def test_a_batch_of_one_beside_what_all_share(way):
+    """Once a larger batch has shown what is shared."""
+    model, table = Matched(), torch.randn(7, 3)
+    alone = copy.deepcopy(model)
+    with perex.attach(model, param_grads=False) as px:
+        for count in (4, 1, 5, 1):
+            x = torch.randn(count, 3)
+            losses = model(x, table).square().sum(1)
+            px.backward(losses) if way == "losses" else losses.mean().backward()
+            found = px.norms()
+            for b in range(count):
+                grads = torch.autograd.grad(alone(x[b : b + 1], table).square().sum(), list(alone.parameters()))
+                expected = torch.cat([grad.flatten() for grad in grads]).norm()
+                torch.testing.assert_close(found[b], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_first_batch_of_one_beside_what_all_share():
+    model = Matched()
+    with (
+        perex.attach(model, param_grads=False) as px,
+        pytest.raises(perex.LossError, match="a larger batch came before"),
+    ):
+        px.backward(model(torch.randn(1, 3), torch.randn(7, 3)).square().sum(1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,19 +25,31 @@ def kind_of(tensor: Tensor, batch: int) -> tuple[object, ...]:
     return tensor.dtype, *(-about(size) if size == batch else size for size in tensor.shape)
 
 
-def batch_size(inputs: Sequence[Tensor], batch_dim: int) -> int | None:
+Layout = tuple[torch.Size | None, ...]
+"""Of the inputs of a forward, the shapes of those that all examples share; None for those that hold examples."""
+
+
+def of_one(inputs: Sequence[Tensor], layout: Layout, batch_dim: int) -> bool:
+    """Whether inputs are of one example, if they are as those of a forward of several were."""
+    return len(inputs) == len(layout) and all(
+        tensor.shape == shape if shape is not None else tensor.dim() > batch_dim and tensor.size(batch_dim) == 1
+        for tensor, shape in zip(inputs, layout, strict=True)
+    )
+
+
+def batch_size(inputs: Sequence[Tensor], batch_dim: int, layouts: Iterable[Layout] = ()) -> int | None:
     """Number of examples, B: rows of the first input, or of those that it holds for each example.
 
     A first input with one row may be shared by all examples, as position ids are: then another with more rows
-    decides. One whose rows are packed, with another input to say how many belong to each example, is of as many
-    examples as that says.
+    decides, unless it was shared in an earlier forward of several examples (`layouts`). One whose rows are packed, with
+    another input to say how many belong to each example, is of as many examples as that says.
     """
     candidates = [tensor for tensor in inputs if tensor.dim() > batch_dim]
     if not candidates:
         return None
     first = candidates[0]
     batch = first.size(batch_dim)
-    if batch == 1:
+    if batch == 1 and not any(of_one(inputs, layout, batch_dim) for layout in layouts):
         square = {first.shape[d : d + 1] * 2 for d in range(first.dim())}  # masks of positions, `(T, T)`
         more = (t for t in candidates if t.dim() >= first.dim() and t.shape not in square)
         rows = (t.size(batch_dim) for t in more if t.size(batch_dim) > 1)

@@ -20,7 +20,7 @@ from perex.capture.axis import Single
 from perex.capture.checks import check_model, compiling, learns_graph, refuse_batch_statistics, run_eagerly
 from perex.capture.forward import Forward, Receiver
 from perex.capture.hooks import hook
-from perex.capture.inputs import batch_size, input_label, packed_in, packed_label
+from perex.capture.inputs import Layout, batch_size, input_label, packed_in, packed_label
 from perex.capture.memo import Memo
 from perex.capture.mode import Capture
 from perex.capture.nest import tensors_of
@@ -45,6 +45,10 @@ class Frame:
 
     path: str
     begins: bool = False
+
+
+LAYOUTS = 64
+"""How many layouts of inputs are remembered."""
 
 
 class Session:
@@ -83,6 +87,7 @@ class Session:
         self.thread = threading.get_ident()
         self.caller: FrameType | None = None
         self.closed = False
+        self.layouts: set[Layout] = set()  # of inputs of several examples, some of which they share
         self.auditor = Auditor(audit)
         self.memo = Memo()
         self.parameters = Parameters(model, params, param_grads, receiver.untapped)
@@ -185,7 +190,7 @@ class Session:
         """Begin a forward with the outermost module call, or go on with one whose outputs are its inputs."""
         inputs = [tensor for tensor in tensors_of((args, kwargs)) if not isinstance(tensor, nn.Parameter)]
         packed = list(packed_in((args, kwargs)))
-        batch = int(packed[0].batch_sizes[0]) if packed else batch_size(inputs, self.batch_dim)
+        batch = int(packed[0].batch_sizes[0]) if packed else batch_size(inputs, self.batch_dim, self.layouts)
         if batch is None:
             self.unseen = (
                 f"its inputs hold no tensor with a dimension {self.batch_dim}, where `batch_dim` says the examples are"
@@ -238,6 +243,9 @@ class Session:
             capture.record = capture.forward.record = self.auditor.record(
                 capture.labels, capture.forward, module, args, kwargs, self.parameters
             )
+        layout = tuple([tensor.shape if capture.labels.of(tensor) is None else None for tensor in inputs])
+        if batch > 1 and layout[0] is None and len(set(layout)) > 1 and len(self.layouts) < LAYOUTS:
+            self.layouts.add(layout)
         unlike = [t for t in inputs if t.dim() > self.batch_dim and capture.labels.of(t) is None]
         several = sorted({batch, *(tensor.size(self.batch_dim) for tensor in unlike)} - {1})
         capture.ambiguous = f"sizes {several}" if len(several) > 1 and not packed else None
