@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perex.backward import Backwards
 from perex.capture.forward import Forward
 from perex.capture.parameters import Entry, Selection
 from perex.capture.session import Session
@@ -21,6 +20,7 @@ from perex.quantities import By, Quantity, SquaredNorms, added_up, grouped
 from perex.quantities.base import finished
 from perex.report import Report, rows_of, shared_of
 from perex.result import Result
+from perex.running import Running
 
 KEEPS = {"auto": None, "high": True, "low": False, "none": False}
 """What `memory` says about keeping gradients; None is to be found out."""
@@ -53,7 +53,7 @@ class Tracker:
         self._mean = loss_reduction == "mean"
         self._relation = forwards
         self._memory = memory
-        self._backwards = Backwards(
+        self._backwards = Running(
             self._quantities, param_grads, audit, grad_scaler, preferences, KEEPS[memory], memory == "low"
         )
         self._session = Session(model, params, param_grads, batch_dim, self._backwards, audit)

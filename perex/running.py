@@ -1,0 +1,188 @@
+"""Running the backward of losses, one an example: looked at beforehand, and run again where that saves memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perex.audit import check_losses
+from perex.backward import Backwards
+from perex.capture.checks import refuse_recording
+from perex.capture.forward import Forward
+from perex.capture.inputs import about
+from perex.capture.parameters import Entry
+from perex.capture.probe import Probe, same_draws, weights_of
+from perex.capture.suspects import SINK, nodes
+from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
+from perex.factors import Factor
+from perex.gradients import sum_of
+from perex.result import Result
+
+BLANKS = 16
+"""How many backwards are looked at again because they brought no gradients to some tap, in all."""
+
+
+class Running(Backwards):
+    """Also runs them.
+
+    Args:
+        arguments: of `Backwards`.
+
+    Attributes:
+        audited: what has been checked, by shapes and the like.
+        blanks: how many backwards brought no gradients to some tap.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.audited: set[tuple[object, ...]] = set()
+        self.blanks = 0
+
+    def run(self, losses: Tensor, mean: bool) -> None:
+        """Run the backward of the mean or sum of losses; see `Tracker.backward`."""
+        forwards = [forward for ref in self.pending if (forward := ref()) is not None]
+        if self.latest is None or self.session.unseen is not None and not forwards:
+            why = f"; {self.session.unseen}" if self.session.unseen else ""
+            raise NotReadyError(f"backward: call the attached model first, with gradients enabled{why}")
+        forwards = forwards or [self.latest]  # without one since, it is a second backward, of a graph that was retained
+        count = len(losses)
+        sizes = [forward.batch for forward in forwards]
+        if count not in sizes and count != sum(sizes):
+            of_one = " An input of one row beside others is taken for shared by all, unless a larger batch came before."
+            raise LossError(
+                f"losses: {count} losses for a forward of {' and '.join(map(str, sizes))} examples: there must be one "
+                "loss an example. Average the losses of an example's own tokens or pixels; or is the batch axis "
+                f"another than `batch_dim`?{of_one if count == 1 else ''}"
+            )
+        self.result = None
+        if not losses.requires_grad:
+            if any(forward.uses for forward in forwards):
+                raise LossError("losses: they do not depend on the model's outputs, or were computed under no_grad")
+            return  # no tracked parameter was used: norms are zero
+        weight = torch.full_like(losses, 1 / count if mean and count else 1.0)
+        probe, kinds = self.check(losses, weight, forwards)
+        self.losses, self.scale, self.probe = count, count if mean and count else 1.0, probe
+        again = self.low and not any(forward.once for forward in forwards)
+        try:
+            total = (self.scaled(losses) * weight).sum()
+            total.backward(retain_graph=again)  # given gradients, torch would import sympy: 40 MB
+        except RuntimeError as error:
+            if probe is None or "inplace operation" in str(error):  # which any backward would have met
+                raise
+            raise UnsupportedError(
+                f"the backward raised {error!r}, after perex had run it with other weights on the losses, as a check. "
+                "If it can only be run once, attach(..., audit=False) does without that"
+            ) from error
+        finally:
+            self.losses, self.scale, self.probe = None, None, None
+        if probe is not None and probe.error is not None:
+            raise self.denied(probe.error)
+        if probe is not None and probe.blank and self.blanks < BLANKS:  # look again
+            self.blanks += 1
+        else:
+            self.audited |= kinds
+        if again:
+            self.retain(total)
+        if self.result is None and any(forward.uses for forward in forwards):
+            raise LossError("losses: no gradient reached the attached model; are they of another's outputs?")
+
+    def retain(self, total: Tensor) -> None:
+        """Keep what was run backward, and its graph, until the next forward."""
+        if self.result is not None:
+            self.result.total = total
+
+    def sum_again(
+        self,
+        result: Result,
+        weights: Callable[[str, Forward], Tensor],
+        skip: Callable[[Forward], Tensor | None],
+    ) -> dict[str, Tensor]:
+        r"""$\sum_b w_b G_b$ of each parameter, by running a backward a second time, up to the taps.
+
+        Args:
+            result: what the first time brought; its graph is let go.
+            weights: of the examples of a forward, `(B,)`, for a parameter.
+            skip: which of them to leave out, booleans `(B,)`.
+
+        Returns:
+            Sums by parameter; there is none for one that was not used.
+        """
+        sums: dict[str, Tensor] = {}
+
+        def take(forward: Forward, entry: Entry, factor: Factor) -> None:
+            found = sum_of(factor, weights(entry.name, forward), skip(forward))
+            sums[entry.name] = sums[entry.name] + found if entry.name in sums else found
+
+        total, result.total = result.total, None
+        assert total is not None
+        self.taking = take
+        try:
+            torch.autograd.grad(total, [forward.sentinel for forward in result.shares], allow_unused=True)
+        finally:
+            self.taking = None
+        return sums
+
+    def denied(self, error: PerexError) -> PerexError:
+        """The last backward's numbers are wrong: the first reason for that."""
+        if self.result is None:
+            return error
+        self.result.refuse(error)
+        return self.result.error or error
+
+    def scaled(self, losses: Tensor) -> Tensor:
+        """Losses as the scaler wants them."""
+        return losses if self.scaler is None else self.scaler.scale(losses)
+
+    def check(
+        self, losses: Tensor, weight: Tensor, forwards: Sequence[Forward]
+    ) -> tuple[Probe | None, set[tuple[object, ...]]]:
+        """Check that examples do not mix, when losses and outputs of these shapes are new.
+
+        Returns:
+            What the taps got when the losses were weighted, with which the backward to come is to be compared; and what
+            will have been checked then.
+        """
+        edges, self.session.outputs.edges = dict(self.session.outputs.edges), []
+        further = len(losses) == sum(forward.batch for forward in forwards)
+        first, new = 0, set[tuple[object, ...]]()
+        parts: dict[Forward, slice] = {}
+        for forward in forwards:
+            if self.audit:
+                self.session.auditor.check(forward, self.session.parameters)
+            outputs = edges.get(forward.number, [])
+            place = about(first), about(len(losses)), further
+            kind = *place, forward.shapes, *((output.edge.node.name(), output.axis) for output in outputs)
+            if self.audit and kind not in self.audited:
+                refuse_recording(losses)
+                check_losses(losses, outputs, forward.batch, first)
+                new.add(kind)
+            parts[forward] = slice(first, first + forward.batch)
+            first += forward.batch if further else 0
+        once = self.session.parameters.sharded or any(forward.once for forward in forwards)
+        if not new or once or len(losses) < 2 or any(node.name() == SINK for node in nodes([losses.grad_fn])):
+            return None, new
+        factors = weights_of(len(losses), any(forward.half for forward in forwards)).to(losses.device)
+        probe = Probe({forward: factors[part] for forward, part in parts.items()})
+        with same_draws():
+            done = self.look(probe, (self.scaled(losses) * (weight * factors.to(weight))).sum(), forwards)
+        for forward in forwards:
+            if forward.changed and forward.compare is not None and (error := forward.compare()) is not None:
+                forward.error = error
+                raise error
+        probe.weighted = False
+        return probe if done else None, new
+
+    def look(self, probe: Probe, total: Tensor, forwards: Sequence[Forward]) -> bool:
+        """Run a backward as far as the taps, for a probe alone; whether that could be done."""
+        self.probe, self.looking = probe, True
+        try:
+            sentinels = [forward.sentinel for forward in forwards]
+            torch.autograd.grad(total, sentinels, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # reentrant checkpoints and some compiled code cannot be run for this: nor need they be
+            return False
+        finally:
+            self.probe, self.looking = None, False
+        return True
