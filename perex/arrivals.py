@@ -63,8 +63,8 @@ def note_overflow(result: Result, tapped: Tapped, grads: Sequence[Tensor | None]
     call = tapped.call
     for grad, axis in zip(grads, call.out_axes, strict=True):
         if grad is not None and grad.dtype == torch.float16:  # bfloat16 reaches as far as float32
-            rows = axis.front(grad, call.batch).reshape(call.batch, -1)
-            if rows.numel():
+            if grad.numel():
+                rows = axis.front(grad, call.batch).reshape(call.batch, -1)
                 largest = torch.linalg.vector_norm(rows, torch.inf, dim=1)  # in one pass; of NaN, NaN
                 result.overflow(tapped.forward, largest.isinf(), call.examples)
 

@@ -38,13 +38,15 @@ def attach(
         model: any module. Its code runs unchanged; its `state_dict` and outputs stay as they are.
         quantities: further statistics to reduce gradients to; see `Tracker.read`.
         params: which parameters to track: None for all that require grad, names or globs such as
-            `["layer4.*", "fc.weight"]`, or a function of `(name, parameter)`.
+            `["layer4.*", "fc.weight"]`, or a function of `(name, parameter)`, which is asked in each forward.
         loss_reduction: how the loss that is run backward comes from the examples' losses: `"mean"` or `"sum"`.
         batch_dim: the dimension of the model's inputs that holds the examples.
         param_grads: whether `.grad` is computed too. With False it is left alone, and weight gradients are
             never computed: the fastest way when only statistics are wanted. (torch may then choose other kernels,
             as it does for frozen weights, so outputs agree to rounding; with True they are the same to the bit. So is
-            `.grad`, but for large weights whose gradient comes out of the same product as its norm.)
+            `.grad`, but for large weights whose gradient comes out of the same product as its norm, and under autocast
+            for those that are used several times: autocast adds their gradients up in half precision, and perex in
+            float32.)
         forwards: what several forwards before one backward hold: the `"same"` examples, as the two sides of
             a siamese network, or `"further"` ones. None refuses what it cannot know.
         audit: whether `px.backward(losses)` checks the first batch, and each whose inputs have new shapes, for

@@ -165,12 +165,14 @@ class Tracker:
         if index is None:
             raise ArgumentError(f"{quantity!r} was not given to attach")
         values, scale = self._values(index)
+        if not values and by is None and index == 0:  # all parameters are frozen
+            return torch.zeros(self.batch_size, device=next(iter(self._session.parameters)).parameter.device)
         power = scale**quantity.degree if quantity.degree else 1.0
         if by is None and type(quantity).combined is Quantity.combined:  # a sum, so that it may be scaled as a whole
             whole = quantity.combined(values)
-            return times(whole, power) if values and quantity.degree else whole
+            return times(whole, power) if values and quantity.degree else copied(whole)
         found = {name: finished(value) for name, value in values.items()}
-        found = {name: times(value, power) if quantity.degree else value for name, value in found.items()}
+        found = {name: times(value, power) if quantity.degree else copied(value) for name, value in found.items()}
         return found if by == "parameter" else grouped(found, by, quantity.combined)
 
     @property
@@ -411,6 +413,11 @@ class Tracker:
 def times(value: Tensor, scale: float | Tensor) -> Tensor:
     """A value times a number, from wherever that is."""
     return value * (scale.to(value) if isinstance(scale, Tensor) else scale)
+
+
+def copied(value: Any) -> Any:
+    """A tensor that the reader may change."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def cleared(grad: Tensor | None) -> bool:

@@ -125,15 +125,6 @@ def test_what_users_call_has_an_example() -> None:
     assert {"perex.attaching.attach", "perex.scoring.score.score", "perex.rules.registry.module_rule"} <= named
 
 
-def test_the_speed_table_of_the_readme_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    module.main(["--quick"])
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in ("loop", "torch.func.vmap", "perex, with .grad", "an operator"))
-
-
 # That these tests can fail
 
 PAGE = """

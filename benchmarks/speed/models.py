@@ -161,5 +161,20 @@ def gpt(layers: int, d: int, vocabulary: int, length: int, batch: int) -> Case:
     return Case(name, lambda: GPT(layers, d, vocabulary, length), batch, text(vocabulary, length), next_tokens)
 
 
+def tiny() -> list[Case]:
+    """Two whose steps are shorter than Python is fast."""
+
+    def mlp() -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
+
+    def cnn() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+
+    return [
+        Case("MLP 16-16-16-10 (16)", mlp, 16, images(16), classes),
+        Case("1-conv CNN on 8x8 (256)", cnn, 256, images(1, 8, 8), classes),
+    ]
+
+
 TABLE = [mlp(), cnn(), resnet(), gpt(4, 512, 8192, 256, 4), gpt(2, 256, 2000, 64, 16), gpt(2, 256, 2000, 512, 2)]
 """The six that the goals are stated for."""

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from models import TABLE, Case, cnn, gpt, mlp
+from models import TABLE, Case, cnn, gpt, mlp, tiny
 from private import PRIVATE, clipped
 from torch import Tensor, nn
 from ways import SLOW, WAYS, Step, Unsupported, exact
@@ -59,10 +59,10 @@ SUITES = {
 
 
 def sweeps() -> list[Case]:
-    """Over the batch, the length of a sequence, and the width."""
+    """Over the batch, the length of a sequence, and the width; and steps that are very short."""
     batches = [mlp(batch=batch) for batch in (16, 64, 1024)] + [cnn(batch) for batch in (8, 256)]
     lengths = [gpt(2, 256, 2000, length, 1024 // length) for length in (16, 32, 128, 256)]
-    return [*batches, *lengths, *(mlp(width) for width in (256, 512, 2048))]
+    return [*batches, *lengths, *(mlp(width) for width in (256, 512, 2048)), *tiny()]
 
 
 def set_up(suite: Suite, case: Case, way: str, device: str, dtype: torch.dtype) -> Step:
@@ -174,6 +174,15 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def merged(before: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of an earlier run, but those of models that ran again, and then these."""
+    found = {suite: own for suite, own in before.items() if suite != "about"}
+    for suite, own in rows.items():
+        again = {row["model"] for row in own}
+        found[suite] = [row for row in found.get(suite, []) if row["model"] not in again] + own
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time and memory beside plain training and the peers.")
     parser.add_argument("--only", default="*", help="models, as a glob")
@@ -185,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--no-memory", action="store_true", help="leave out the fresh processes")
     parser.add_argument("--peak", nargs=3, metavar=("SUITE", "MODEL", "WAY"), help="print the peak memory of one cell")
+    parser.add_argument("--merge", action="store_true", help="keep what the file has of other models")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     dtype = getattr(torch, options.dtype)
@@ -209,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                                 for way, cell in cells.items())  # fmt: skip
             print(f"{name}, {case.name}: plain {cells['plain']['ms']:.1f} ms; {summary}", flush=True)
     out = options.out or ROOT / "benchmarks" / "results" / f"speed-{datetime.date.today()}-{options.device}.json"
+    if options.merge and out.exists():
+        rows = merged(json.loads(out.read_text()), rows)
     out.write_text(json.dumps({"about": about(options), **rows}, indent=1) + "\n")
 
 

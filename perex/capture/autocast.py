@@ -21,5 +21,7 @@ def as_read(value: Any) -> Any:
     """
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
         return value
+    if value.is_leaf and value.requires_grad and torch.is_autocast_cache_enabled():
+        return value  # autocast makes one for all of its uses, so that their gradients add up in half precision
     half = half_for(value.device.type) if value.device.type in ("cpu", "cuda") else None
     return value if half is None or value.dtype == half else value.to(half)

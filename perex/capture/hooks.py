@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,13 +47,19 @@ class Reduce:
 
 
 class Copy:
-    """An attached module's `__deepcopy__`, where its class has one of its own (parametrized modules do)."""
+    """An attached module's `__deepcopy__`: its class's, where it has one (parametrized modules do)."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __call__(self, memo: dict[int, Any]) -> nn.Module:
-        """The class's copy, without the hooks."""
+        """A copy without the hooks."""
+        if not hasattr(type(self.module), "__deepcopy__"):
+            own = self.module.__dict__.pop("__deepcopy__")
+            try:
+                return copy.deepcopy(self.module, memo)  # by `Reduce`
+            finally:
+                self.module.__dict__["__deepcopy__"] = own
         with unhooked(self.module):
             copied: nn.Module = type(self.module).__deepcopy__(self.module, memo)  # type: ignore[attr-defined]
         copied.__dict__ = without_hooks(copied.__dict__, hook_keys(self.module))
@@ -124,7 +131,6 @@ def hook(model: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any])
         undo.append(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
         module.__dict__["__reduce_ex__"] = Reduce(module)
         undo.append(functools.partial(module.__dict__.pop, "__reduce_ex__", None))
-        if hasattr(type(module), "__deepcopy__"):
-            module.__dict__["__deepcopy__"] = Copy(module)
-            undo.append(functools.partial(module.__dict__.pop, "__deepcopy__", None))
+        module.__dict__["__deepcopy__"] = Copy(module)  # which its class may get, when it is parametrized
+        undo.append(functools.partial(module.__dict__.pop, "__deepcopy__", None))
     return undo

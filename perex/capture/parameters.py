@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from perex.capture.sharding import is_shard
@@ -32,6 +33,7 @@ class Entry:
         values: the same without gradients; made when first needed after that.
         seen: which tensor was its gradient over all uses that perex saw; see `taps.identity`.
         sharded: whether it is whole only while its module runs; see `perex.capture.sharding`.
+        place: where torch had the parameter, when it was hooked.
         total: for a sharded one, the sum of what its stand-ins saw in the running backward: each forward has its own.
     """
 
@@ -44,6 +46,7 @@ class Entry:
     sharded: bool = False
     total: Tensor | None = field(default=None, repr=False)
     handle: RemovableHandle | None = field(default=None, repr=False)
+    place: int = 0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Entry) and self.name == other.name
@@ -126,8 +129,9 @@ class Parameters:
         """By the identity of each parameter, and of the other tensor of a sharded one."""
         self.current: list[Entry] = []
         self.modules: list[nn.Module] = []
-        self.layout: list[int] = []  # what these modules hold, by identity
-        self.asks = callable(params)  # a function may answer otherwise for what it did not want before
+        self.layout: list[tuple[int | str, ...]] = []  # what these modules hold
+        self.changes = callable(params) or type(model).named_parameters is not nn.Module.named_parameters
+        """Whether a function may answer otherwise next time."""
         self.sharded = False  # whether the model turned out to be
         self.gone = False  # whether a parameter is the model's no more, and somebody may still hold on to it
         try:
@@ -165,7 +169,8 @@ class Parameters:
             if entry is None:
                 entry = self.entries.get(id(parameter))
                 if entry is None or entry.parameter is not parameter or entry.name != name:
-                    entry = Entry(name, parameter, self.chosen(name, parameter))
+                    entry = Entry(name, parameter, False)
+                entry.selected = entry.selected and not self.changes
             if not entry.selected:  # a tied parameter is asked for by any of its names
                 entry.selected = self.chosen(name, parameter)
             found[id(parameter)] = entry
@@ -181,14 +186,23 @@ class Parameters:
                 self.gone = True
         self.entries = found
         self.modules = list(self.model.modules())
+        self.members = set(map(id, self.modules))
         self.layout = layout_of(self.modules)
         self.follow()
 
     def follow(self) -> None:
-        """Watch those that are tracked now."""
+        """Watch those that are tracked now; `swap_tensors` takes a parameter's hooks away, and its place in graphs."""
         for entry in self.current:
+            if entry.handle is not None and entry.place != entry.parameter._cdata:
+                self.unwatch(entry)
+                entry.stand_in = entry.values = None
             if entry.handle is None and entry.tracked:
-                entry.handle = self.watch(entry)
+                if isinstance(entry.parameter, UninitializedParameter):
+                    raise AttachError(
+                        f"module '{entry.module}' has no parameters yet: run one batch through it before it becomes a "
+                        "part of the model, or through the model before attaching"
+                    )
+                entry.handle, entry.place = self.watch(entry), entry.parameter._cdata
 
     def tracked(self) -> list[Entry]:
         """Those whose per-example gradients are wanted now."""
@@ -199,14 +213,18 @@ class Parameters:
         shards = {e.name: e.parameter for e in self.entries.values() if is_shard(e.parameter)} if self.sharded else {}
         return {entry.name: shards.get(entry.name, entry.parameter) for entry in entries}
 
+    def holds(self, module: nn.Module) -> bool:
+        """Whether a module is a part of the model now: look at it afresh."""
+        if self.sharded or self.changes or layout_of(self.modules) != self.layout:
+            self.refresh()
+        return id(module) in self.members
+
     def begin(self) -> None:
-        """A forward begins: look at the parameters afresh.
+        """A forward begins.
 
         The hooks of `fully_shard` want a gradient before those of the module's inputs have come, and autograd runs the
         younger of two nodes first: the alias of a sharded parameter must not be older than the forward.
         """
-        if self.sharded or self.asks or layout_of(self.modules) != self.layout:
-            self.refresh()
         self.follow()
         for entry in self.entries.values() if self.sharded else ():
             entry.sharded, entry.stand_in = True, None
@@ -305,10 +323,16 @@ class Parameters:
             entry.stand_in = entry.values = entry.total = None
 
 
-def layout_of(modules: Iterable[nn.Module]) -> list[int]:
-    """The identities of all parameters and modules in some modules, place by place."""
+def layout_of(modules: Iterable[nn.Module]) -> list[tuple[int | str, ...]]:
+    """Of some modules, the names and identities of their parameters and modules."""
     return [
-        id(held) for module in modules for holder in (module._parameters, module._modules) for held in holder.values()
+        (
+            *module._parameters,
+            *map(id, module._parameters.values()),
+            *module._modules,
+            *map(id, module._modules.values()),
+        )
+        for module in modules
     ]
 
 

@@ -196,8 +196,10 @@ class Session:
                 f"its inputs hold no tensor with a dimension {self.batch_dim}, where `batch_dim` says the examples are"
             )
             return False
-        self.unseen = None
         recomputed = torch._C._current_graph_task_id() != -1
+        if not recomputed and not self.parameters.holds(module):
+            return False  # it was taken out of the model
+        self.unseen = None
         capture = self.capture
         outputs = {id(t): label for ref, label in self.outputs.labels if (t := ref()) is not None}
         goes_on = capture is not None and not self.consumed and not recomputed and any(id(t) in outputs for t in inputs)

@@ -52,7 +52,7 @@ class Dense(Factor):
         values = self.values
         if values.dim() != 2 or values.dtype in HALVES:
             return super().terms()
-        left = values.is_cuda and values.numel() <= LEFT
+        left = values.is_cuda and 1 < len(values) and values.numel() <= LEFT  # of one, it may be a parameter's `.grad`
         return Terms.of(values if left else lengths(values, 1), squared=False)
 
     def plan(self) -> Plan:
