@@ -45,7 +45,7 @@ class Backwards:
         preferences: which ways to the norms to take.
         keep: whether gradients are kept when a backward is over: always, never, or, if None, those of the first one
             and, if these are asked for, of those after it.
-        low: whether the graphs of losses are retained, so that `sum_again` can run them a second time.
+        low: whether the graphs of losses are retained, so that `again` can run them a second time.
 
     Attributes:
         session: the session whose forwards these are backwards of; set by who makes both.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from perex.capture.sharding import is_shard
 from perex.errors import ArgumentError, NotReadyError
-from perex.factors import Factor, Total
+from perex.factors import Total
 from perex.quantities.base import added_up
+from perex.summing import ALIKE, Doubts, Treatment, sum_of
 
 
 class Kept:
@@ -79,18 +81,38 @@ class Gradients:
         return dict(self.weighted_sums(weights))
 
     def weighted_sums(
-        self, weights: Tensor | Mapping[str, Tensor], skip: Tensor | None = None
+        self, weights: Tensor | Mapping[str, Tensor], treatment: Treatment = ALIKE
     ) -> Iterator[tuple[str, Tensor]]:
-        """`weighted_sum`, one parameter after the other; without some examples, `(B,)` booleans."""
+        """`weighted_sum`, one parameter after the other, with some examples treated otherwise."""
+        parts: list[tuple[str, Total, Tensor, Treatment]] = []
+        doubts, limits = Doubts(), treatment.limits or {}
         for name in self.names:
             own = weights if isinstance(weights, Tensor) else weights[name]
             totals = self.totals(name)
             if own.shape != (self.batch_size,):
                 raise ArgumentError(f"weights: of shape {tuple(own.shape)} for {self.batch_size} examples")
             own = own.detach() * (self.scale.to(own) if isinstance(self.scale, Tensor) else self.scale)
-            sizes = [total.batch for total in totals]
-            skips: Sequence[Tensor | None] = [None] * len(sizes) if skip is None else skip.split(sizes)
-            yield name, added_up(map(sum_of, totals, own.split(sizes), skips))
+            first = 0
+            for total in totals:
+                rows = slice(first, first := first + total.batch)
+                parts.append((name, total, own[rows], treatment.of(rows)))
+                doubts.add(total, own[rows], limits.get(name))
+        found = zip(parts, doubts.settled(), strict=True)
+        for name, group in itertools.groupby(found, key=lambda one: one[0][0]):
+            yield name, added_up(sum_of(total, own, how, doubt) for (_, total, own, how), doubt in group)
+
+    def squares_of(self, examples: Iterable[int]) -> dict[str, Tensor]:
+        """Squared norms of some examples' gradients by parameter, multiplied out and in float64, `(n,)` each."""
+        found: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        for name in self.names:
+            totals = self.totals(name)
+            for b in examples:
+                place = iter(totals)
+                total = next(place)
+                while b >= total.batch:
+                    b, total = b - total.batch, next(place)
+                found[name].append(square_of(total.dense(b, b + 1), self.scale))
+        return {name: torch.stack(each) for name, each in found.items()}
 
     def materialized(self) -> Iterator[tuple[str, Tensor]]:
         """$g_b$ of each parameter, `(B, *shape)`, one parameter after the other."""
@@ -118,20 +140,9 @@ class Gradients:
         return found * self.scale * other.scale
 
 
-def sum_of(factor: Factor, weights: Tensor, skip: Tensor | None) -> Tensor:
-    r"""$\sum_b w_b G_b$ without some examples, whose gradients may be no numbers: zero times these is not zero.
-
-    Args:
-        factor: the gradients.
-        weights: `(B,)`.
-        skip: booleans `(B,)`; None to leave nobody out.
-    """
-    if skip is None:
-        return factor.weighted_sum(weights)
-    others = (~skip).nonzero().flatten()
-    if not others.numel():
-        return torch.zeros(factor.shape, dtype=weights.dtype, device=weights.device)
-    return factor.take(others).weighted_sum(weights[others.to(weights.device)])
+def square_of(gradient: Tensor, scale: float | Tensor) -> Tensor:
+    """The squared norm of a gradient times `scale`, in float64."""
+    return (gradient.to(torch.promote_types(gradient.dtype, torch.float64)) * scale).abs().square().sum()
 
 
 def put(parameter: nn.Parameter, total: Tensor, before: Tensor | None, anew: bool) -> None:

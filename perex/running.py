@@ -18,7 +18,6 @@ from perex.capture.probe import Probe, same_draws, weights_of
 from perex.capture.suspects import SINK, nodes
 from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor
-from perex.gradients import sum_of
 from perex.result import Result
 
 BLANKS = 16
@@ -94,36 +93,24 @@ class Running(Backwards):
         if self.result is not None:
             self.result.total = total
 
-    def sum_again(
-        self,
-        result: Result,
-        weights: Callable[[str, Forward], Tensor],
-        skip: Callable[[Forward], Tensor | None],
-    ) -> dict[str, Tensor]:
-        r"""$\sum_b w_b G_b$ of each parameter, by running a backward a second time, up to the taps.
+    def again(self, result: Result, take: Callable[[Forward, Entry, Factor], None], last: bool = True) -> None:
+        """Run a backward a second time, up to the taps.
 
         Args:
-            result: what the first time brought; its graph is let go.
-            weights: of the examples of a forward, `(B,)`, for a parameter.
-            skip: which of them to leave out, booleans `(B,)`.
-
-        Returns:
-            Sums by parameter; there is none for one that was not used.
+            result: what the first time brought.
+            take: gets each use's gradients.
+            last: whether to let go of the graph.
         """
-        sums: dict[str, Tensor] = {}
-
-        def take(forward: Forward, entry: Entry, factor: Factor) -> None:
-            found = sum_of(factor, weights(entry.name, forward), skip(forward))
-            sums[entry.name] = sums[entry.name] + found if entry.name in sums else found
-
-        total, result.total = result.total, None
+        total = result.total
         assert total is not None
+        if last:
+            result.total = None
         self.taking = take
         try:
-            torch.autograd.grad(total, [forward.sentinel for forward in result.shares], allow_unused=True)
+            sentinels = [forward.sentinel for forward in result.shares]
+            torch.autograd.grad(total, sentinels, retain_graph=not last, allow_unused=True)
         finally:
             self.taking = None
-        return sums
 
     def denied(self, error: PerexError) -> PerexError:
         """The last backward's numbers are wrong: the first reason for that."""

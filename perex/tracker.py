@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -14,13 +14,15 @@ from perex.capture.parameters import Entry, Selection
 from perex.capture.session import Session
 from perex.clipping import Groups, bounds_of, clipped, groups_of, normalized, norms_of
 from perex.errors import ArgumentError, LossError, NotReadyError, PerexError
-from perex.gradients import Gradients, put
+from perex.factors import Factor
+from perex.gradients import Gradients, put, square_of
 from perex.kernels.strategies import Preferences, preferring
 from perex.quantities import By, Quantity, SquaredNorms, added_up, grouped
 from perex.quantities.base import finished
 from perex.report import Report, rows_of, shared_of
 from perex.result import Result
 from perex.running import Running
+from perex.summing import ALIKE, Doubts, Treatment, sum_of
 
 KEEPS = {"auto": None, "high": True, "low": False, "none": False}
 """What `memory` says about keeping gradients; None is to be found out."""
@@ -196,6 +198,7 @@ class Tracker:
         stability: float = 0.01,
         scale: float | Tensor = 1.0,
         skip: Tensor | None = None,
+        careful: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         r"""Make `.grad` the sum of clipped gradients, $\sum_b \min(1, C / \|g_b\|) \, g_b$.
 
@@ -213,6 +216,9 @@ class Tracker:
             stability: $\gamma$.
             scale: what the sum is multiplied by, such as 1/B for a mean.
             skip: booleans `(B,)`, of examples that are to have no part in the sum, whatever their gradients are.
+            careful: have no example move the sum by more than $C$, whatever numbers are in it, but for $10^{-4} C$ of
+                rounding: norms that overflow are computed again in float64, and examples whose terms cancel are
+                multiplied out by themselves. It costs a pass over what gradients are made of.
 
         Returns:
             The norms before, `(B,)`, or a dict of them by group.
@@ -233,7 +239,7 @@ class Tracker:
         References:
             Abadi et al., "Deep Learning with Differential Privacy", 2016; Bu et al., "Automatic Clipping", 2022.
         """
-        squares = self.read(self._quantities[0], by="parameter")
+        squares, apart = self._squares(careful)
         count = len(next(iter(squares.values())))
         if skip is not None and (not isinstance(skip, Tensor) or skip.dtype != torch.bool or skip.shape != (count,)):
             what = f"{tuple(skip.shape)} of {skip.dtype}" if isinstance(skip, Tensor) else type(skip).__name__
@@ -246,8 +252,53 @@ class Tracker:
             bound, norm = bounds[group], norms[group]
             own = normalized(norm, bound, stability) if normalize else clipped(norm, bound)
             weights.update(dict.fromkeys(names, times(own, scale)))
-        self._put(weights, skip)
+        limits = {name: bounds[group] * scale for group, names in groups.items() for name in names}
+        self._put(weights, Treatment(skip, apart, limits if careful else None))
         return norms[""] if by is None else norms
+
+    def unbounded(self) -> Tensor | None:
+        """Whose gradients are not finite, so that no clipping bounds them: `(B,)` booleans, or None if all are finite.
+
+        A sum of squares that overflows is computed again in float64: it says nothing yet.
+        """
+        squares, _ = self._squares(careful=True)
+        finite = all_finite(squares.values())
+        return None if bool(finite.all()) else ~finite
+
+    def _squares(self, careful: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Squared norms by parameter; if `careful`, also whose were computed again, being no numbers: in float64."""
+        squares: dict[str, Tensor] = self.read(self._quantities[0], by="parameter")
+        if not careful or not squares or bool((finite := all_finite(squares.values())).all()):
+            return squares, None
+        numbers = (~finite).nonzero().flatten()
+        again = self._multiplied_out(numbers.tolist())
+        return {
+            name: value.double().index_copy(0, numbers.to(value.device), again[name].to(value.device))
+            for name, value in squares.items()
+        }, ~finite
+
+    def _multiplied_out(self, examples: Sequence[int]) -> dict[str, Tensor]:
+        """Squared norms of some examples by parameter, `(n,)` each, from gradients that are multiplied out."""
+        result = self._result()
+        if self._memory != "low":
+            return self.gradients().squares_of(examples)
+        parts, found = self._parts(result), dict[tuple[str, int], Tensor]()
+
+        def take(forward: Forward, entry: Entry, factor: Factor) -> None:
+            first = parts[forward].start
+            for b in examples:
+                if 0 <= b - first < forward.batch:
+                    gradient = factor.dense(b - first, b - first + 1)
+                    found[entry.name, b] = found[entry.name, b] + gradient if (entry.name, b) in found else gradient
+
+        self._second(result, take, last=False)
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        return {
+            entry.name: torch.stack(
+                [square_of(found[entry.name, b], self.scale) if (entry.name, b) in found else zero for b in examples]
+            )
+            for entry in result.tracked()
+        }
 
     def reweight_(self, weights: Tensor) -> None:
         r"""Make `.grad` a weighted sum, $\sum_b w_b g_b$: importance weights, or a choice of examples. See `clip_`.
@@ -275,7 +326,7 @@ class Tracker:
             what = f"a tensor {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
             raise ArgumentError(f"weights: expected one an example, ({count},), got {what}")
         spoilt = (weights == 0) & ~added_up(squares.values()).isfinite().to(weights.device)
-        self._put(dict.fromkeys(squares, weights), spoilt if bool(spoilt.any()) else None)
+        self._put(dict.fromkeys(squares, weights), Treatment(spoilt) if bool(spoilt.any()) else ALIKE)
 
     def gradients(self) -> Gradients:
         """The per-example gradients of the last backward, not multiplied out; they outlive the next forward.
@@ -304,8 +355,8 @@ class Tracker:
         """Have a function called at the end of each backward, when its result can be read."""
         self._backwards.after.append(action)
 
-    def _put(self, weights: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
-        """Make `.grad` what it was before the backward, plus a weighted sum; see `clip_`."""
+    def _put(self, weights: Mapping[str, Tensor], treatment: Treatment) -> None:
+        """Make `.grad` what it was before the backward, plus a weighted sum."""
         result = self._result()
         parameters = self._session.parameters.holders(result.tracked())
         before = result.remember(parameters)
@@ -313,36 +364,49 @@ class Tracker:
             name: None if grad is None or cleared(parameters[name].grad) else grad for name, grad in before.items()
         }
         if self._memory == "low":
-            sums = self._again(result, weights, skip)
+            sums = self._again(result, weights, treatment)
             for name, parameter in parameters.items():
                 total = sums[name] if name in sums else torch.zeros(parameter.shape, device=parameter.device)
                 put(parameter, total, before[name], anew=False)
             return
         gradients = self.gradients()
-        for name, total in gradients.weighted_sums(weights, skip):
+        for name, total in gradients.weighted_sums(weights, treatment):
             grad = parameters[name].grad
             put(parameters[name], total, before[name], anew=grad is not None and gradients.shares_memory(name, grad))
 
-    def _again(self, result: Result, weights: Mapping[str, Tensor], skip: Tensor | None) -> dict[str, Tensor]:
+    def _again(self, result: Result, weights: Mapping[str, Tensor], treatment: Treatment) -> dict[str, Tensor]:
         """Weighted sums from a second run of the backward."""
+        parts, scale, sums = self._parts(result), self.scale, dict[str, Tensor]()
+
+        def take(forward: Forward, entry: Entry, factor: Factor) -> None:
+            name, rows, doubts = entry.name, parts[forward], Doubts()
+            own = times(weights[name].detach()[rows], scale)
+            doubts.add(factor, own, None if treatment.limits is None else treatment.limits[name])
+            found = sum_of(factor, own, treatment.of(rows), *doubts.settled())
+            sums[name] = sums[name] + found if name in sums else found
+
+        self._second(result, take)
+        return sums
+
+    def _second(self, result: Result, take: Callable[[Forward, Entry, Factor], None], last: bool = True) -> None:
+        """Run the backward a second time."""
         if result.total is None:
             raise NotReadyError(
                 "memory='low' runs the backward of `px.backward(losses)` once more, and there is none to run: call "
                 "that rather than loss.backward(), and clip_ or reweight_ once after each. A selective checkpoint can "
                 "go backward once only: memory='high' does without"
             )
+        self._backwards.again(result, take, last)
+
+    def _parts(self, result: Result) -> dict[Forward, slice]:
+        """Which examples are each forward's."""
         parts: dict[Forward, slice] = {}
         first = 0
         for group in result.groups(self._relation):
             for share in group:
                 parts[share.forward] = slice(first, first + share.forward.batch)
             first += group[0].forward.batch
-        scale = self.scale
-        return self._backwards.sum_again(
-            result,
-            lambda name, forward: times(weights[name].detach()[parts[forward]], scale),
-            lambda forward: None if skip is None else skip[parts[forward]],
-        )
+        return parts
 
     def report(self) -> Report:
         """How the norm of each use of a parameter in the latest forward was found, and what it cost; print it.
@@ -413,6 +477,12 @@ class Tracker:
 def times(value: Tensor, scale: float | Tensor) -> Tensor:
     """A value times a number, from wherever that is."""
     return value * (scale.to(value) if isinstance(scale, Tensor) else scale)
+
+
+def all_finite(values: Iterable[Tensor]) -> Tensor:
+    """Of which examples all values are finite, `(B,)`."""
+    finite = [value.isfinite() for value in values]
+    return torch.stack([each.to(finite[0].device) for each in finite]).all(0)
 
 
 def copied(value: Any) -> Any:

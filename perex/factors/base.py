@@ -67,6 +67,13 @@ class Factor(ABC):
             return False
         return together.cost < norms.cost + self.product_cost()
 
+    def sizes(self) -> Tensor | None:
+        r"""At least $\sum_t \|G_{bt}\|$ over the terms that `weighted_sum` adds to those of other examples, `(B,)`.
+
+        None if each $G_b$ is added up by itself first.
+        """
+        return None
+
     def summed(self) -> Tensor:
         r"""$\sum_b G_b$, if `squared_norm` has left it there, or else multiplied out.
 

@@ -60,6 +60,11 @@ class Few(Factor):
             return Plan("apart", 0, 0)
         return self.factor.dot_plan(other.factor if isinstance(other, Few) else other)
 
+    def sizes(self) -> Tensor | None:
+        """See `Factor.sizes`."""
+        sizes = self.factor.sizes()
+        return None if sizes is None else self.spread(sizes, self.examples)
+
     def spread(self, values: Tensor, examples: list[int]) -> Tensor:
         """Values of some examples as `(B,)`, zero for all others."""
         return values.new_zeros(self.batch).index_copy(

@@ -107,6 +107,11 @@ class Narrow(Factor):
             return self
         return Dense(self.dense(0, self.batch), self.dense_flops())
 
+    def sizes(self) -> Tensor | None:
+        """See `Factor.sizes`."""
+        found: Tensor | None = self.factor.sizes()
+        return found
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See `Factor.weighted_sum`."""
         return self.wide().weighted_sum(weights)

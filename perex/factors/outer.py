@@ -90,6 +90,12 @@ class Outer(Factor):
             return None
         return Outer(torch.cat((self.left, other.left)), torch.cat((self.right, other.right)), self.shape)
 
+    def sizes(self) -> Tensor | None:
+        r"""See `Factor.sizes`: $\sum_t \|l_t\| \|r_t\| \le \|l\| \|r\|$."""
+        if self.left.shape[1] == 1:
+            return None
+        return kernel.lengths(self.left, (1, 2)) * kernel.lengths(self.right, (1, 2))
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         r"""$\sum_{bt} w_b l_{bt} r_{bt}^\top$, one matrix product; the narrower side takes the weights."""
         weights = weights.to(self.left)[:, None, None]

@@ -133,6 +133,10 @@ class Part(Factor):
         """See `Factor.condensed`."""
         return Part(self.factor.condensed(), self.place)
 
+    def sizes(self) -> Tensor | None:
+        """See `Factor.sizes`."""
+        return self.factor.sizes()
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See `Factor.weighted_sum`: written to its place."""
         values = self.factor.weighted_sum(weights)

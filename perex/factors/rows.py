@@ -9,6 +9,7 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.kernels import segments
+from perex.kernels.outer import lengths
 from perex.kernels.plan import Plan
 
 
@@ -66,6 +67,10 @@ class Rows(Factor):
         if not isinstance(other, Rows) or self.ids.shape[1] != other.ids.shape[1]:
             return None
         return Rows(torch.cat((self.ids, other.ids)), torch.cat((self.grads, other.grads)), self.shape)
+
+    def sizes(self) -> Tensor | None:
+        r"""See `Factor.sizes`: $\sum_t \|g_t\| \le \sqrt T \|g\|$."""
+        return lengths(self.grads, (1, 2)) * self.grads.shape[1] ** 0.5
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         r"""$\sum_{bt} w_b e_{id_{bt}} g_{bt}^\top$, added up row by row."""

@@ -74,6 +74,15 @@ class Total(Factor):
         """See `Factor.take`."""
         return Total(factor.take(examples) for factor in self.factors)
 
+    def sizes(self) -> Tensor | None:
+        """See `Factor.sizes`: several uses of a parameter may cancel each other, too."""
+        sizes = [factor.sizes() for factor in self.factors]
+        if len(sizes) > 1:
+            pairs = zip(self.factors, sizes, strict=True)
+            sizes = [factor.squared_norm().sqrt() if size is None else size for factor, size in pairs]
+        known = [size for size in sizes if size is not None]
+        return torch.stack(known).sum(0) if known else None
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See `Factor.weighted_sum`."""
         return added(factor.weighted_sum(weights) for factor in self.factors)

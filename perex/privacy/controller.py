@@ -232,7 +232,7 @@ class PrivateBackward(Controller):
         self.px.backward(losses)
         scale = self.scale_of(losses.device)
         bounds = getattr(optimizer, "max_grad_norms", None)
-        bad = self.without_bound(bounds is not None)
+        bad = self.px.unbounded()
         if bad is not None and self.overflowed(losses[bad]):
             optimizer.expect_whole()
             for parameter in optimizer.params:  # the scaler will see it, take no step, and scale less
@@ -242,19 +242,13 @@ class PrivateBackward(Controller):
         scaling: float | Tensor = 1.0 if self.grad_scaler is None else scale
         share = scaling / optimizer.world_size if self.averages() else scaling
         if bounds is None:
-            self.px.clip_(float(optimizer.max_grad_norm), scale=share, skip=bad)
+            self.px.clip_(float(optimizer.max_grad_norm), scale=share, skip=bad, careful=True)
         else:
             names = {id(parameter): name for name, parameter in self.module.named_parameters()}
             pairs = zip(optimizer.params, bounds, strict=True)
-            self.px.clip_({names[id(p)]: float(bound) for p, bound in pairs}, by="parameter", scale=share, skip=bad)
+            limits = {names[id(p)]: float(bound) for p, bound in pairs}
+            self.px.clip_(limits, by="parameter", scale=share, skip=bad, careful=True)
         optimizer.wrote(scale)
-
-    def without_bound(self, by_parameter: bool) -> Tensor | None:
-        """Which examples' gradients, or their squares, are not finite, `(B,)`; None if all are."""
-        norms: Any = self.px.squared_norms(by="parameter" if by_parameter else None)
-        finite = [squares.isfinite() for squares in (norms.values() if by_parameter else [norms])]
-        bad = ~torch.stack([found.to(finite[0].device) for found in finite]).all(0)
-        return bad if bool(bad.any()) else None
 
     def overflowed(self, losses: Tensor) -> bool:
         """Whether the gradients of examples are not finite because of the scale of their losses.
@@ -262,7 +256,8 @@ class PrivateBackward(Controller):
         If not, no clipping bounds what they would do to the step, so they are to have no part in it. To raise would let
         one example decide whether training goes on, which no noise would hide.
         """
-        if self.grad_scaler is not None and self.grad_scaler.is_enabled() and bool(losses.detach().isfinite().all()):
+        scaled = self.grad_scaler is not None and self.grad_scaler.is_enabled()
+        if scaled and self.latest().half and bool(losses.detach().isfinite().any()):
             return True
         warnings.warn(
             f"loss.backward(): the gradients of {len(losses)} examples, or their squares, are not finite. No clipping "

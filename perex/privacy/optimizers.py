@@ -24,20 +24,16 @@ NOT_PRIVATE = (
 
 
 class Unsaved(Tensor):
-    """A tensor that no pickle and no copy takes along: there, None is in its place."""
+    """A tensor that no pickle and no copy takes along."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Nothing is kept."""
-        return nothing, ()
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """An empty tensor is kept, which any `torch.load` takes."""
+        return torch.empty(0, device="cpu").__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Nothing is copied."""
-
-
-def nothing() -> None:
-    """What is in the place of an `Unsaved`."""
 
 
 class PrivateSteps:

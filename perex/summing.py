@@ -1,0 +1,103 @@
+r"""Weighted sums over examples, $\sum_b w_b G_b$, some of whom are treated otherwise than the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perex.factors import Factor
+
+SLACK = 1e-4
+"""By what part of a clip bound the rounding of one example's terms may move a sum."""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """Who is treated otherwise.
+
+    Attributes:
+        skip: booleans `(B,)`, of examples that have no part in the sum, whatever their gradients are: zero times
+            what is no number is not zero.
+        apart: likewise, of those whose gradient is multiplied out by itself, and added when that is done.
+        limits: by parameter, the length that no example's share in the sum exceeds. One product for all examples adds
+            up their terms one by one, and rounds each to the size of what is there already: terms that cancel, being
+            long where their sum is short, would leave their rounding in everybody's sum. Examples of which more than
+            `SLACK` of the limit could be left so are taken apart. None not to care.
+    """
+
+    skip: Tensor | None = None
+    apart: Tensor | None = None
+    limits: Mapping[str, Any] | None = None
+
+    def of(self, examples: slice) -> Treatment:
+        """That of some of the examples."""
+        skip, apart = (None if who is None else who[examples] for who in (self.skip, self.apart))
+        return Treatment(skip, apart, self.limits)
+
+
+ALIKE = Treatment()
+"""Nobody is."""
+
+
+@dataclass
+class Doubts:
+    """Factors whose terms may be too long, looked at together, so that a device is asked once.
+
+    Attributes:
+        found: for each factor that was asked about, who is in doubt.
+    """
+
+    found: list[Tensor | None] = field(default_factory=list)
+
+    def add(self, factor: Factor, weights: Tensor, limit: Any) -> None:
+        """Look at one more."""
+        sizes = None if limit is None else factor.sizes()
+        if sizes is None:
+            self.found.append(None)
+            return
+        eps = torch.finfo(sizes.dtype).eps
+        limit = limit.to(sizes.device) if isinstance(limit, Tensor) else limit
+        few = eps * weights.to(sizes).abs() * sizes <= SLACK * limit
+        self.found.append(~few)  # and where there is no number to compare
+
+    def settled(self) -> list[Tensor | None]:
+        """Who is in doubt, by factor; None if nobody is."""
+        asked = [doubts for doubts in self.found if doubts is not None]
+        some = torch.stack([doubts.any().to(asked[0].device) for doubts in asked]).tolist() if asked else []
+        answers = iter(some)
+        return [doubts if doubts is not None and next(answers) else None for doubts in self.found]
+
+
+def sum_of(factor: Factor, weights: Tensor, treatment: Treatment = ALIKE, doubts: Tensor | None = None) -> Tensor:
+    r"""$\sum_b w_b G_b$.
+
+    Args:
+        factor: the gradients.
+        weights: `(B,)`.
+        treatment: of these examples.
+        doubts: booleans `(B,)`, of further examples to be taken apart.
+    """
+    skip, apart = treatment.skip, together(treatment.apart, doubts)
+    if skip is None and apart is None:
+        return factor.weighted_sum(weights)
+    if apart is not None and skip is not None:
+        apart = apart & ~skip.to(apart.device)
+    others = (~together(skip, apart)).nonzero().flatten()  # type: ignore[operator]
+    total = torch.zeros(factor.shape, dtype=weights.dtype, device=weights.device)
+    if others.numel():
+        total = factor.take(others).weighted_sum(weights[others.to(weights.device)])
+    for b in [] if apart is None else apart.nonzero().flatten().tolist():
+        own = factor.dense(b, b + 1)[0].double() * weights[b].double()
+        total = total + own.to(total)
+    return total
+
+
+def together(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Who is in either."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other.to(one.device)
