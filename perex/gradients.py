@@ -99,7 +99,7 @@ class Gradients:
                 doubts.add(total, own[rows], limits.get(name))
         found = zip(parts, doubts.settled(), strict=True)
         for name, group in itertools.groupby(found, key=lambda one: one[0][0]):
-            yield name, added_up(sum_of(total, own, how, doubt) for (_, total, own, how), doubt in group)
+            yield name, added_up(sum_of(total, own, how, doubt).whole() for (_, total, own, how), doubt in group)
 
     def squares_of(self, examples: Iterable[int]) -> dict[str, Tensor]:
         """Squared norms of some examples' gradients by parameter, multiplied out and in float64, `(n,)` each."""

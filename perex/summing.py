@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from perex.factors import Factor
+
+ALL = -1
+"""In place of an example's number: all that are taken apart."""
 
 SLACK = 1e-4
 """By what part of a clip bound the rounding of one example's terms may move a sum."""
@@ -53,9 +56,11 @@ class Doubts:
 
     found: list[Tensor | None] = field(default_factory=list)
 
-    def add(self, factor: Factor, weights: Tensor, limit: Any) -> None:
-        """Look at one more."""
+    def add(self, factor: Factor, weights: Tensor, limit: Any, several: bool = False) -> None:
+        """Look at one more; it may be one of several that make up a gradient, and cancel each other."""
         sizes = None if limit is None else factor.sizes()
+        if sizes is None and several and limit is not None:
+            sizes = factor.squared_norm().sqrt()
         if sizes is None:
             self.found.append(None)
             return
@@ -72,7 +77,13 @@ class Doubts:
         return [doubts if doubts is not None and next(answers) else None for doubts in self.found]
 
 
-def sum_of(factor: Factor, weights: Tensor, treatment: Treatment = ALIKE, doubts: Tensor | None = None) -> Tensor:
+def sum_of(
+    factor: Factor,
+    weights: Tensor,
+    treatment: Treatment = ALIKE,
+    doubts: Tensor | None = None,
+    several: bool = False,
+) -> Sum:
     r"""$\sum_b w_b G_b$.
 
     Args:
@@ -80,20 +91,58 @@ def sum_of(factor: Factor, weights: Tensor, treatment: Treatment = ALIKE, doubts
         weights: `(B,)`.
         treatment: of these examples.
         doubts: booleans `(B,)`, of further examples to be taken apart.
+        several: whether there are further uses of the parameter, which may cancel this one.
     """
     skip, apart = treatment.skip, together(treatment.apart, doubts)
     if skip is None and apart is None:
-        return factor.weighted_sum(weights)
+        return Sum(factor.weighted_sum(weights), {})
     if apart is not None and skip is not None:
         apart = apart & ~skip.to(apart.device)
-    others = (~together(skip, apart)).nonzero().flatten()  # type: ignore[operator]
+    out = together(skip, apart)
+    assert out is not None
+    others = (~out).nonzero().flatten()
     total = torch.zeros(factor.shape, dtype=weights.dtype, device=weights.device)
     if others.numel():
         total = factor.take(others).weighted_sum(weights[others.to(weights.device)])
-    for b in [] if apart is None else apart.nonzero().flatten().tolist():
-        own = factor.dense(b, b + 1)[0].double() * weights[b].double()
-        total = total + own.to(total)
-    return total
+    numbers = [] if apart is None else apart.nonzero().flatten().tolist()
+    aside: dict[int, Tensor] = {}
+    for b in numbers:
+        key, share = b if several else ALL, double(factor.dense(b, b + 1)[0]) * weights[b].double()
+        aside[key] = aside[key] + share if key in aside else share
+    return Sum(total, aside)
+
+
+def double(tensor: Tensor) -> Tensor:
+    """A tensor in float64, or the complex numbers of it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
+
+
+class Sum(NamedTuple):
+    """A sum in the making.
+
+    Attributes:
+        total: of most examples.
+        aside: of the others, in float64, added when all uses of the parameter are in. Where there are several, each
+            example's share by its number, since they may cancel each other; else all of them together, under `ALL`.
+    """
+
+    total: Tensor
+    aside: dict[int, Tensor]
+
+    def plus(self, other: Sum, first: int = 0) -> Sum:
+        """Both, the other's examples being numbered from `first`."""
+        aside = dict(self.aside)
+        for b, share in other.aside.items():
+            key = b if b == ALL else b + first
+            aside[key] = aside[key] + share if key in aside else share
+        return Sum(self.total + other.total, aside)
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        total = self.total
+        for share in self.aside.values():
+            total = total + share.to(total)
+        return total
 
 
 def together(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -101,3 +150,8 @@ def together(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return other if one is None else one
     return one | other.to(one.device)
+
+
+def times(value: Tensor, scale: float | Tensor) -> Tensor:
+    """A value times a number, from wherever that is."""
+    return value * (scale.to(value) if isinstance(scale, Tensor) else scale)

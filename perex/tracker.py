@@ -9,20 +9,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perex.capture.forward import Forward
 from perex.capture.parameters import Entry, Selection
 from perex.capture.session import Session
 from perex.clipping import Groups, bounds_of, clipped, groups_of, normalized, norms_of
 from perex.errors import ArgumentError, LossError, NotReadyError, PerexError
-from perex.factors import Factor
-from perex.gradients import Gradients, put, square_of
+from perex.gradients import Gradients, put
 from perex.kernels.strategies import Preferences, preferring
 from perex.quantities import By, Quantity, SquaredNorms, added_up, grouped
 from perex.quantities.base import finished
 from perex.report import Report, rows_of, shared_of
 from perex.result import Result
 from perex.running import Running
-from perex.summing import ALIKE, Doubts, Treatment, sum_of
+from perex.second import SecondRun
+from perex.summing import ALIKE, Treatment, times
 
 KEEPS = {"auto": None, "high": True, "low": False, "none": False}
 """What `memory` says about keeping gradients; None is to be found out."""
@@ -279,26 +278,8 @@ class Tracker:
 
     def _multiplied_out(self, examples: Sequence[int]) -> dict[str, Tensor]:
         """Squared norms of some examples by parameter, `(n,)` each, from gradients that are multiplied out."""
-        result = self._result()
-        if self._memory != "low":
-            return self.gradients().squares_of(examples)
-        parts, found = self._parts(result), dict[tuple[str, int], Tensor]()
-
-        def take(forward: Forward, entry: Entry, factor: Factor) -> None:
-            first = parts[forward].start
-            for b in examples:
-                if 0 <= b - first < forward.batch:
-                    gradient = factor.dense(b - first, b - first + 1)
-                    found[entry.name, b] = found[entry.name, b] + gradient if (entry.name, b) in found else gradient
-
-        self._second(result, take, last=False)
-        zero = torch.zeros((), dtype=torch.float64, device="cpu")
-        return {
-            entry.name: torch.stack(
-                [square_of(found[entry.name, b], self.scale) if (entry.name, b) in found else zero for b in examples]
-            )
-            for entry in result.tracked()
-        }
+        kept = self.gradients() if self._memory != "low" else self._second()
+        return kept.squares_of(examples)
 
     def reweight_(self, weights: Tensor) -> None:
         r"""Make `.grad` a weighted sum, $\sum_b w_b g_b$: importance weights, or a choice of examples. See `clip_`.
@@ -343,6 +324,10 @@ class Tracker:
             found = result.kept(self._relation)
         return Gradients(found, self.scale)
 
+    def _second(self) -> SecondRun:
+        """The last backward, to be run again."""
+        return SecondRun(self._backwards, self._result(), self._relation, self.scale)
+
     def pause(self) -> None:
         """Do not look at backwards, until `resume`: what is there to read stays."""
         self._backwards.looking = True
@@ -364,7 +349,7 @@ class Tracker:
             name: None if grad is None or cleared(parameters[name].grad) else grad for name, grad in before.items()
         }
         if self._memory == "low":
-            sums = self._again(result, weights, treatment)
+            sums = self._second().weighted_sum(weights, treatment)
             for name, parameter in parameters.items():
                 total = sums[name] if name in sums else torch.zeros(parameter.shape, device=parameter.device)
                 put(parameter, total, before[name], anew=False)
@@ -373,40 +358,6 @@ class Tracker:
         for name, total in gradients.weighted_sums(weights, treatment):
             grad = parameters[name].grad
             put(parameters[name], total, before[name], anew=grad is not None and gradients.shares_memory(name, grad))
-
-    def _again(self, result: Result, weights: Mapping[str, Tensor], treatment: Treatment) -> dict[str, Tensor]:
-        """Weighted sums from a second run of the backward."""
-        parts, scale, sums = self._parts(result), self.scale, dict[str, Tensor]()
-
-        def take(forward: Forward, entry: Entry, factor: Factor) -> None:
-            name, rows, doubts = entry.name, parts[forward], Doubts()
-            own = times(weights[name].detach()[rows], scale)
-            doubts.add(factor, own, None if treatment.limits is None else treatment.limits[name])
-            found = sum_of(factor, own, treatment.of(rows), *doubts.settled())
-            sums[name] = sums[name] + found if name in sums else found
-
-        self._second(result, take)
-        return sums
-
-    def _second(self, result: Result, take: Callable[[Forward, Entry, Factor], None], last: bool = True) -> None:
-        """Run the backward a second time."""
-        if result.total is None:
-            raise NotReadyError(
-                "memory='low' runs the backward of `px.backward(losses)` once more, and there is none to run: call "
-                "that rather than loss.backward(), and clip_ or reweight_ once after each. A selective checkpoint can "
-                "go backward once only: memory='high' does without"
-            )
-        self._backwards.again(result, take, last)
-
-    def _parts(self, result: Result) -> dict[Forward, slice]:
-        """Which examples are each forward's."""
-        parts: dict[Forward, slice] = {}
-        first = 0
-        for group in result.groups(self._relation):
-            for share in group:
-                parts[share.forward] = slice(first, first + share.forward.batch)
-            first += group[0].forward.batch
-        return parts
 
     def report(self) -> Report:
         """How the norm of each use of a parameter in the latest forward was found, and what it cost; print it.
@@ -472,11 +423,6 @@ class Tracker:
         if not result.finished:
             raise NotReadyError("nothing to read: the last backward did not finish")
         return result
-
-
-def times(value: Tensor, scale: float | Tensor) -> Tensor:
-    """A value times a number, from wherever that is."""
-    return value * (scale.to(value) if isinstance(scale, Tensor) else scale)
 
 
 def all_finite(values: Iterable[Tensor]) -> Tensor:
