@@ -58,7 +58,8 @@ class SecondRun:
             own = times(weights[name].detach()[rows], self.scale)
             several = len(self.parts) > 1 or forward.uses[name] > 1
             doubts.add(factor, own, None if treatment.limits is None else treatment.limits[name], several)
-            found = sum_of(factor, own, treatment.of(rows), *doubts.settled(), several)
+            (doubt,) = doubts.settled()
+            found = sum_of(factor, own, treatment.of(rows), doubt, several)
             sums[name] = sums.get(name, Sum(torch.zeros((), device="cpu"), {})).plus(found, rows.start)
 
         self.run(self.result, take)

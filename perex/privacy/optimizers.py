@@ -41,17 +41,17 @@ class PrivateSteps:
 
     Clipped sums are written to `.grad` by a private backward, which tells `wrote`. Whatever else writes there (another
     loss, a use of a parameter outside the model, clipping of the whole batch's gradient) is noticed before the step: by
-    the tensor's version and norm, or, where a scaler is to divide it, by a copy. Sums without noise are never left on
-    parameters once they are taken up, but where Opacus leaves them, and there nobody saves them.
+    the tensor's version and norm, or, where a scaler is to divide it, by a copy. Sums without noise are not left on
+    parameters once they are taken up, but, unsaved, while a logical batch goes on.
     """
 
-    params: list[nn.Parameter]
     original_optimizer: Any
     noise_multiplier: float
     _held: dict[nn.Parameter, Tensor]  # what `.grad` is to be
     _stamps: dict[nn.Parameter, tuple[int, float]]  # of these, unless they are copies
     _sums: dict[nn.Parameter, Tensor]  # of a logical batch
     _scale: Tensor  # of `_held`
+    _turn: nn.Parameter | None = None
     _ready = False
     _backwards = _most = 0  # since the last step; the most between two steps, skipped ones included
     _counted = 1
@@ -184,21 +184,31 @@ class PrivateSteps:
             if not is_shard(parameter):
                 parameter.summed_grad = total.as_subclass(Unsaved)  # type: ignore[attr-defined]
 
+    @property
+    def params(self) -> list[nn.Parameter]:  # type: ignore[override]
+        """Those that are trained; while noise is added, the one that has its turn."""
+        found: list[nn.Parameter] = super().params if self._turn is None else [self._turn]  # type: ignore[misc]
+        return found
+
     def add_noise(self) -> None:
-        """Have Opacus add noise to the sums, and let go of these."""
+        """Have Opacus add noise to the sums, to one after the other, each of which is let go of at once."""
         sums, self._sums = self._sums, {}
         shards: Any = getattr(self, "grad_state", None)  # where Opacus looks for sums of sharded parameters
-        try:
-            for parameter in self.params:
-                if shards is None:
-                    parameter.summed_grad = sums[parameter]  # type: ignore[attr-defined]
-                else:
-                    shards[parameter] = {"summed_grad": sums[parameter]}
-            super().add_noise()  # type: ignore[misc]
-        finally:
-            self.show(sums)
-            for parameter in sums if shards is not None else ():
-                shards.pop(parameter, None)
+        for parameter in self.params:
+            if shards is None:
+                parameter.summed_grad = sums.pop(parameter)  # type: ignore[attr-defined]
+            else:
+                shards[parameter] = {"summed_grad": sums.pop(parameter)}
+            self._turn = parameter
+            try:
+                super().add_noise()  # type: ignore[misc]
+            finally:
+                self._turn = None
+                parameter.summed_grad = None  # type: ignore[attr-defined]
+                if shards is not None:
+                    shards.pop(parameter, None)
+            assert parameter.grad is not None
+            self.show({parameter: parameter.grad.detach()})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the sum of clipped ones unless the logical batch goes on."""
