@@ -324,6 +324,11 @@ class Tracker:
             found = result.kept(self._relation)
         return Gradients(found, self.scale)
 
+    def release(self) -> None:
+        """Let go of the last backward's gradients, kept for `clip_` and the like; norms can still be read."""
+        if self._backwards.result is not None:
+            self._backwards.result.release()
+
     def _second(self) -> SecondRun:
         """The last backward, to be run again."""
         return SecondRun(self._backwards, self._result(), self._relation, self.scale)

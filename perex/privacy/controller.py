@@ -248,6 +248,7 @@ class PrivateBackward(Controller):
             pairs = zip(optimizer.params, bounds, strict=True)
             limits = {names[id(p)]: float(bound) for p, bound in pairs}
             self.px.clip_(limits, by="parameter", scale=share, skip=bad, careful=True)
+        self.px.release()  # before noise is made
         optimizer.wrote(scale)
 
     def overflowed(self, losses: Tensor) -> bool:

@@ -185,7 +185,7 @@ class PrivateSteps:
                 parameter.summed_grad = total.as_subclass(Unsaved)  # type: ignore[attr-defined]
 
     @property
-    def params(self) -> list[nn.Parameter]:  # type: ignore[override]
+    def params(self) -> list[nn.Parameter]:
         """Those that are trained; while noise is added, the one that has its turn."""
         found: list[nn.Parameter] = super().params if self._turn is None else [self._turn]  # type: ignore[misc]
         return found
