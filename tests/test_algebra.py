@@ -1,14 +1,17 @@
 """What factors answer beyond norms, each kind against its multiplied-out gradients."""
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
 from torch import Tensor
 
 from perex.factors import Dense, Factor, Few, Outer, Part, Patches, Place, Rows, Total
+from perex.factors.terms import added
 from perex.kernels import blocks
 from perex.kernels.geometry import Geometry
+from perex.summing import Treatment, sum_of
 
 B, V, D = 5, 6, 4  # the parameter is (V, D)
 SHAPE = torch.Size((V, D))
@@ -152,3 +155,44 @@ def test_what_is_kept_of_long_sequences_is_multiplied_out():
 def square(rows: int, columns: int) -> Geometry:
     """A padded 3x3 convolution."""
     return Geometry(torch.Size((rows, columns, 3, 3)), (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+
+
+# Examples that are treated otherwise
+
+
+def among(examples: Iterable[int]) -> Tensor:
+    """Booleans `(B,)`."""
+    return torch.isin(torch.arange(B), torch.tensor(list(examples)))
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_without_some_and_with_others_apart(kind, several):
+    factor, weights = KINDS[kind](B), random(B)
+    for skip, apart, doubt in itertools.product([None, [0], [1, 3], range(B)], [None, [2], range(B)], [None, [0, 4]]):
+        who = [None if some is None else among(some) for some in (skip, apart)]
+        doubts = None if doubt is None else among(doubt)
+        found = sum_of(factor, weights, Treatment(*who), doubts, several)
+        kept = weights if who[0] is None else weights * ~who[0]
+        expected = (kept @ multiplied_out(factor)).reshape(factor.shape)
+        torch.testing.assert_close(found.whole(), expected)
+        twice = found.plus(sum_of(factor, weights, Treatment(*who), doubts, several))
+        torch.testing.assert_close(twice.whole(), 2 * expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_bound_what_is_added_up(kind):
+    factor = KINDS[kind](B)
+    sizes = factor.sizes()
+    if sizes is not None:
+        assert bool((sizes + 1e-9 >= multiplied_out(factor).norm(dim=1)).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_terms_add_up_to_the_squared_norm(kind):
+    factor = KINDS[kind](B)
+    torch.testing.assert_close(factor.terms().total(), multiplied_out(factor).square().sum(1))
+    others = [KINDS[name](B) for name in ("dense", "outer", "rows")]
+    whole = added([factor.terms(), *(other.terms() for other in others)])
+    expected = sum(multiplied_out(each).square().sum(1) for each in (factor, *others))
+    torch.testing.assert_close(whole, expected)
