@@ -3,6 +3,7 @@
 from perex import factors
 from perex.attaching import attach
 from perex.errors import (
+    ArgumentError,
     AttachError,
     ExamplesMixError,
     LossError,
@@ -24,6 +25,7 @@ from perex.verify import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "AttachError",
     "Captured",
     "Comparison",

@@ -35,6 +35,11 @@ def groups_of(by: Groups, names: Sequence[str]) -> dict[str, list[str]]:
         return groups
     if not isinstance(by, Mapping):
         raise ArgumentError(f"by={by!r}: it is None, 'parameter', 'module', or globs of parameters by group")
+    if not all(isinstance(globs, (str, list, tuple)) for globs in by.values()):
+        raise ArgumentError(
+            "by: globs of parameters by group, such as {'first': ['0.*'], 'rest': ['2.*']}; the bounds of groups are "
+            "`max_norm`, {'first': 1.0, 'rest': 0.5}"
+        )
     for name in names:
         found = [
             group
@@ -57,7 +62,8 @@ def bounds_of(max_norm: float | Mapping[str, float], groups: Mapping[str, Sequen
     bounds: dict[str, float] = {}
     for group in groups:
         if group not in given:
-            raise ArgumentError(f"max_norm: there is no bound for '{group}'")
+            what = f"for '{group}'" if group else "of all together: for bounds of groups, say with `by` what these are"
+            raise ArgumentError(f"max_norm: there is no bound {what}")
         bound = given[group]
         if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0:
             raise ArgumentError(f"max_norm={bound!r}: it is a positive number")

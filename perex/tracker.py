@@ -28,8 +28,8 @@ KEEPS = {"auto": None, "high": True, "low": False, "none": False}
 
 SPARED = (
     "unless told otherwise, perex keeps those of the first backward, if they take at most 32 MiB and nothing is "
-    "checkpointed, and those of later ones only if the first one's were asked for. attach(..., memory='high') keeps "
-    "those of every backward"
+    "checkpointed, and those of later ones only if somebody has asked for them. That is noted now: from the next "
+    "forward and backward on they are kept. attach(..., memory='high') keeps those of every backward"
 )
 
 
@@ -164,7 +164,9 @@ class Tracker:
         """
         index = next((i for i, given in enumerate(self._quantities) if given is quantity), None)
         if index is None:
-            raise ArgumentError(f"{quantity!r} was not given to attach")
+            raise ArgumentError(
+                f"{quantity!r} was not given to attach: perex.attach(model, {type(quantity).__name__}(...))"
+            )
         values, scale = self._values(index)
         if not values and by is None and index == 0:  # all parameters are frozen
             return torch.zeros(self.batch_size, device=next(iter(self._session.parameters)).parameter.device)
@@ -242,7 +244,7 @@ class Tracker:
         count = len(next(iter(squares.values())))
         if skip is not None and (not isinstance(skip, Tensor) or skip.dtype != torch.bool or skip.shape != (count,)):
             what = f"{tuple(skip.shape)} of {skip.dtype}" if isinstance(skip, Tensor) else type(skip).__name__
-            raise ArgumentError(f"skip: expected one boolean an example, ({count},), got {what}")
+            raise ArgumentError(f"skip: expected a tensor of one boolean an example, ({count},), got {what}")
         groups = groups_of(by, list(squares))
         bounds = bounds_of(max_norm, groups)
         norms = norms_of(squares, groups)
@@ -305,7 +307,7 @@ class Tracker:
         count = len(next(iter(squares.values())))
         if not isinstance(weights, Tensor) or weights.shape != (count,):
             what = f"a tensor {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-            raise ArgumentError(f"weights: expected one an example, ({count},), got {what}")
+            raise ArgumentError(f"weights: expected a tensor of one an example, ({count},), got {what}")
         spoilt = (weights == 0) & ~added_up(squares.values()).isfinite().to(weights.device)
         self._put(dict.fromkeys(squares, weights), Treatment(spoilt) if bool(spoilt.any()) else ALIKE)
 
@@ -318,6 +320,8 @@ class Tracker:
         result = self._result()
         if not result.keep:
             why = SPARED if self._memory == "auto" else f"nothing is kept with memory={self._memory!r}"
+            if self._memory == "auto":
+                self._backwards.keep = True
             raise NotReadyError(f"the per-example gradients of the last backward are not there any more: {why}")
         self._backwards.asked()
         with preferring(self._backwards.preferences):

@@ -335,7 +335,7 @@ def test_arguments_of_reweight(weights):
     model = net()
     with perex.attach(model, param_grads=False) as px:
         px.backward(losses_of(model, batch()))
-        with pytest.raises(perex.PerexError, match=r"expected one an example, \(6,\)"):
+        with pytest.raises(perex.PerexError, match=r"expected a tensor of one an example, \(6,\)"):
             px.reweight_(weights)
 
 
@@ -426,3 +426,33 @@ def test_sparse_gradients_of_before():
     for row, weight in zip(ids, (2.0, 11.0), strict=True):
         expected.index_add_(0, row, torch.full((3, 3), weight, dtype=torch.float64))
     torch.testing.assert_close(model.weight.grad, expected)
+
+
+def test_who_asks_in_vain_once_is_given_the_next():
+    """Gradients of more than 32 MiB are not kept unasked, and a later step is the first to want any."""
+    model, x = nn.Linear(1500, 1500), torch.randn(1500, 2, 1500)
+    with perex.attach(model, param_grads=False) as px:
+        px.backward(model(x).square().sum((1, 2)))
+        with pytest.raises(perex.NotReadyError, match="from the next forward and backward on they are kept"):
+            px.clip_(1.0)
+        for _ in range(2):
+            px.backward(model(x).square().sum((1, 2)))
+            px.clip_(1.0)
+    model, x = net(), batch()
+    with perex.attach(model) as px:
+        for _ in range(3):  # by the third, perex takes it that nobody wants any
+            px.backward(losses_of(model, x))
+        with pytest.raises(perex.NotReadyError, match="That is noted now"):
+            px.clip_(1.0)
+        px.backward(losses_of(model, x))
+        px.clip_(1.0)
+
+
+def test_bounds_of_groups_given_as_groups():
+    model = net()
+    with perex.attach(model) as px:
+        px.backward(losses_of(model, batch()))
+        with pytest.raises(perex.ArgumentError, match="globs of parameters by group, such as"):
+            px.clip_(1.0, by={"0.*": 1.0, "2.*": 2.0})
+        with pytest.raises(perex.ArgumentError, match="say with `by` what these are"):
+            px.clip_({"0.*": 1.0})

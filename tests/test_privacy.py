@@ -591,3 +591,16 @@ def test_gradient_samples_by_hand():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # Opacus adds 1e-6 to norms
     controller.cleanup()
     assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+
+
+def test_the_criterion_is_the_plain_one_where_nothing_is_differentiated():
+    """As in a validation, before and between steps, on batches of any size."""
+    model, criterion = nn.Linear(4, 3).double(), nn.CrossEntropyLoss()
+    model, optimizer, loss_of, _ = private(model, criterion)
+    for count in (7, 2):
+        x, y = real(count, 4), ids(count, high=3)
+        with torch.no_grad():
+            assert torch.equal(loss_of(model(x), y), criterion(model(x), y))
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()

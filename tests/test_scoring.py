@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from perex.errors import LossError, PerexError
-from perex.quantities import Grads
+from perex.quantities import Grads, NoiseScale
 from perex.scoring import Scores, ScoringError, score
 
 torch.set_num_threads(1)
@@ -512,3 +512,9 @@ def test_cuda_graphs_are_for_gpus_and_for_norms():
     quantities = {"grads": Grads()}
     with pytest.raises(ScoringError, match="further quantities"):
         score(model, pool, nn.CrossEntropyLoss(), quantities=quantities, cuda_graphs=True)
+
+
+def test_a_last_batch_of_one_tells_nothing_of_noise():
+    model, noise = nn.Linear(3, 2), NoiseScale()
+    score(model, (torch.randn(9, 3), torch.zeros(9, 2)), nn.MSELoss(), quantities={"noise": noise}, batch_size=4)
+    assert noise.weight == pytest.approx(1 - 0.95**2) and repr(noise).startswith("NoiseScale(")

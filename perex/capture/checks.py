@@ -18,10 +18,12 @@ def refuse_batch_statistics(path: str, module: nn.Module) -> None:
     if not isinstance(module, BATCH_NORMS) or not any(type(module).forward is c.forward for c in BATCH_NORMS):
         return
     if module.training or module.running_mean is None:
+        others = "replace it by GroupNorm, LayerNorm or InstanceNorm"
+        way = f"Call `.eval()` on it after each `.train()` of the model, to use its running statistics, or {others}"
+        way = f"It has no running statistics to use instead: {others}" if module.running_mean is None else way
         raise ExamplesMixError(
             f"Module '{path}' is a {type(module).__name__} that normalises by statistics of the batch, so every "
-            "example depends on all others. Call `.eval()` on this module (to use its running statistics; it needs "
-            "some), or replace it by GroupNorm, LayerNorm or InstanceNorm"
+            f"example depends on all others. {way}"
         )
 
 

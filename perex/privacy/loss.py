@@ -276,6 +276,9 @@ class PrivateCriterion:
             PrivacyError: which rows of an argument are an example's own cannot be told.
             LossError: the criterion does not return one number for one example.
         """
+        if not torch.is_grad_enabled():  # to be looked at, as in a validation
+            plain: Any = self.criterion(*args, **kwargs)
+            return plain
         values = tensors((args, kwargs))
         batch = self._origin.batch_of(values)
         rows = {len(value) for value in values if value.grad_fn is not None and value.dim()}

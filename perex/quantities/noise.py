@@ -96,9 +96,13 @@ class NoiseScale(Quantity):
             self.averages[name] = self.decay * before + (1 - self.decay) * estimate
 
     def columns(self, px: Tracker) -> dict[str, Tensor]:
-        """See `Quantity.columns`: it has none, but takes up each batch, so that its value is the pool's."""
-        self.update(px)
+        """See `Quantity.columns`: it has none, but takes up each batch of two or more: its value is the pool's."""
+        if px.batch_size > 1:
+            self.update(px)
         return {}
+
+    def __repr__(self) -> str:
+        return f"NoiseScale({self.value():.3g})" if self.averages else "NoiseScale(before its first update)"
 
     def parts(self, by: By | None = None) -> Any:
         r"""The moving averages of numerator and denominator, $(\mathrm{tr}\,\Sigma, \|\bar g\|^2)$.
