@@ -20,7 +20,7 @@ def refuse_batch_statistics(path: str, module: nn.Module) -> None:
     if module.training or module.running_mean is None:
         others = "replace it by GroupNorm, LayerNorm or InstanceNorm"
         way = f"Call `.eval()` on it after each `.train()` of the model, to use its running statistics, or {others}"
-        way = f"It has no running statistics to use instead: {others}" if module.running_mean is None else way
+        way = f"It has no running statistics that `.eval()` would use: {others}" if module.running_mean is None else way
         raise ExamplesMixError(
             f"Module '{path}' is a {type(module).__name__} that normalises by statistics of the batch, so every "
             f"example depends on all others. {way}"
