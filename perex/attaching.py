@@ -64,8 +64,9 @@ def attach(
         memory: what `clip_`, `reweight_` and `gradients` may take. `"high"`: inputs and output gradients of layers are
             kept from each backward to the next forward. `"auto"`: those of the first backward, where they take at most
             32 MiB and nothing is checkpointed; and of later ones, if the first one's were asked for. `"low"`: of
-            `px.backward(losses)`, the graph alone, of which `clip_` runs the backward again. `"none"`: nothing is
-            kept, and these are refused.
+            `px.backward(losses)`, the graph alone, of which `clip_` runs the backward again; or they are kept, if they
+            take no more than the parameters, and these at least 1 MiB. `"none"`: nothing is kept, and these are
+            refused.
 
     Returns:
         A `Tracker`, which is also a context manager that detaches on exit.

@@ -34,6 +34,11 @@ ROOM = 2**25
 """How many bytes of gradients are kept where nobody has asked for them: 32 MiB."""
 
 
+SPARE = 2**20
+"""With `memory="low"`, gradients are kept if they take no more bytes than the parameters do, and these at least 1 MiB:
+plain training holds as many for `.grad` by the end of the backward, and no second run is needed."""
+
+
 class Backwards:
     """Gets what taps, guards and hooks report, and makes a `Result` of each backward.
 
@@ -45,7 +50,8 @@ class Backwards:
         preferences: which ways to the norms to take.
         keep: whether gradients are kept when a backward is over: always, never, or, if None, those of the first one
             and, if these are asked for, of those after it.
-        low: whether the graphs of losses are retained, so that `again` can run them a second time.
+        low: whether the graphs of losses are retained, so that `again` can run them a second time, where gradients take
+            too much memory to be kept.
 
     Attributes:
         session: the session whose forwards these are backwards of; set by who makes both.
@@ -73,6 +79,7 @@ class Backwards:
         self.preferences = preferences
         self.keep = keep
         self.low = low
+        self.fits = low  # whether gradients may take no more than the parameters do
         self.taking: Callable[[Forward, Entry, Factor], None] | None = None  # who gets factors of a second run
         self.sharing = param_grads  # whether taps may give gradients along with norms
         self.latest: Forward | None = None
@@ -258,6 +265,9 @@ class Backwards:
         keep = not (forward is not None and forward.sparing) if self.keep is None else self.keep
         result = Result(task, self.quantities, alone, number, keep, self.losses, self.scale)
         result.room = ROOM if self.keep is None else math.inf
+        if self.fits:
+            held = sum(entry.parameter.nbytes for entry in self.session.parameters.tracked())
+            result.keep, result.room, result.again = held >= SPARE, held, True
         result.scaled = self.scaling()
         if (result.keep or self.low) and self.param_grads:
             parameters = self.session.parameters

@@ -60,6 +60,7 @@ class Result:
         self.number = number
         self.keep = keep
         self.room = math.inf
+        self.again = False  # whether the backward can be run again instead
         self.shares: dict[Forward, Share] = {}
         self.losses = losses
         self.scale = scale
@@ -110,7 +111,7 @@ class Result:
                 kept = shares[0].kept[name] = Kept(total)
                 self.room -= sum(tensor.nbytes for tensor, _ in kept.stamps)
                 if self.room < 0:
-                    self.release()
+                    self.drop() if self.again else self.release()
 
     def remember(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
         """What `.grad` of some parameters was when this was called first, by name."""
@@ -119,11 +120,16 @@ class Result:
             self.before = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
         return self.before
 
-    def release(self) -> None:
-        """Let go of the gradients that were kept."""
-        self.keep, self.before, self.total = False, None, None
+    def drop(self) -> None:
+        """Keep no gradients."""
+        self.keep = False
         for share in self.shares.values():
             share.kept.clear()
+
+    def release(self) -> None:
+        """Let go of all that somebody might want after the backward."""
+        self.before = self.total = None
+        self.drop()
 
     def finish(self) -> None:
         """The backward has come to its end."""

@@ -83,10 +83,16 @@ class Running(Backwards):
             self.blanks += 1
         else:
             self.audited |= kinds
-        if again:
+        if self.low:
+            self.fits = self.kept()
+        if again and not self.fits:
             self.retain(total)
         if self.result is None and any(forward.uses for forward in forwards):
             raise LossError("losses: no gradient reached the attached model; are they of another's outputs?")
+
+    def kept(self) -> bool:
+        """Whether the last backward's gradients were kept."""
+        return self.result is not None and self.result.keep
 
     def retain(self, total: Tensor) -> None:
         """Keep what was run backward, and its graph, until the next forward."""

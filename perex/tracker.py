@@ -280,8 +280,8 @@ class Tracker:
 
     def _multiplied_out(self, examples: Sequence[int]) -> dict[str, Tensor]:
         """Squared norms of some examples by parameter, `(n,)` each, from gradients that are multiplied out."""
-        kept = self.gradients() if self._memory != "low" else self._second()
-        return kept.squares_of(examples)
+        runs_again = self._memory == "low" and not self._result().keep
+        return (self._second() if runs_again else self.gradients()).squares_of(examples)
 
     def reweight_(self, weights: Tensor) -> None:
         r"""Make `.grad` a weighted sum, $\sum_b w_b g_b$: importance weights, or a choice of examples. See `clip_`.
@@ -357,7 +357,7 @@ class Tracker:
         before = {
             name: None if grad is None or cleared(parameters[name].grad) else grad for name, grad in before.items()
         }
-        if self._memory == "low":
+        if self._memory == "low" and not result.keep:
             sums = self._second().weighted_sum(weights, treatment)
             for name, parameter in parameters.items():
                 total = sums[name] if name in sums else torch.zeros(parameter.shape, device=parameter.device)

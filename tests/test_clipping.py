@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import perex
+from perex.running import Running
 
 B = 6
 
@@ -456,3 +457,32 @@ def test_bounds_of_groups_given_as_groups():
             px.clip_(1.0, by={"0.*": 1.0, "2.*": 2.0})
         with pytest.raises(perex.ArgumentError, match="say with `by` what these are"):
             px.clip_({"0.*": 1.0})
+
+
+@pytest.mark.parametrize("param_grads", [True, False])
+def test_little_memory_without_a_second_run(param_grads, monkeypatch):
+    """Gradients that take no more than the parameters are kept, and the backward is not run again."""
+    model, parts = nn.Sequential(nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 400)), torch.randn(2, 6, 400)
+    model, parts = model.double(), parts.double()
+    gradients = {name: torch.cat([each(model, x)[name] for x in parts]) for name, _ in model.named_parameters()}
+    monkeypatch.setattr(Running, "again", None)
+    with no_trace(model), perex.attach(model, param_grads=param_grads, memory="low") as px:
+        for x in parts:
+            px.backward(losses_of(model, x))
+            px.clip_(0.7)
+    assert_grads(model, gradients, dict.fromkeys(gradients, (0.7 / norms_of(gradients)).clamp(max=1)))
+
+
+@pytest.mark.parametrize("param_grads", [True, False])
+def test_a_second_run_where_they_take_more(param_grads, monkeypatch):
+    """Also after a step that took less; and what `.grad` held before is added to."""
+    model = nn.Sequential(nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 400)).double()
+    parts, runs, again = [torch.randn(count, 400).double() for count in (6, 900, 5)], [], Running.again
+    gradients = {name: torch.cat([each(model, x)[name] for x in parts]) for name, _ in model.named_parameters()}
+    monkeypatch.setattr(Running, "again", lambda *args, **kwargs: (runs.append(1), again(*args, **kwargs)))
+    with no_trace(model), perex.attach(model, param_grads=param_grads, memory="low") as px:
+        for x in parts:
+            px.backward(losses_of(model, x))
+            px.clip_(0.7)
+    assert len(runs) == 2
+    assert_grads(model, gradients, dict.fromkeys(gradients, (0.7 / norms_of(gradients)).clamp(max=1)))
