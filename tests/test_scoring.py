@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from perex.errors import LossError, PerexError
 from perex.quantities import Grads, NoiseScale
 from perex.scoring import Scores, ScoringError, score
+from perex.scoring.recorded import form_of
 
 torch.set_num_threads(1)
 
@@ -518,3 +519,24 @@ def test_a_last_batch_of_one_tells_nothing_of_noise():
     model, noise = nn.Linear(3, 2), NoiseScale()
     score(model, (torch.randn(9, 3), torch.zeros(9, 2)), nn.MSELoss(), quantities={"noise": noise}, batch_size=4)
     assert noise.weight == pytest.approx(1 - 0.95**2) and repr(noise).startswith("NoiseScale(")
+
+
+def test_forms_of_batches_tell_apart_what_a_recording_would_confuse():
+    one, other = torch.zeros(2, 3), torch.ones(2, 3)
+    batches = [
+        {"a": one, "b": other},
+        {"b": one, "a": other},
+        {"a": one, "c": other},
+        (one, other),
+        [one, other],
+        ((one, other),),
+        (one, other, 1),
+        (one, other, 2),
+        (one, other.double()),
+        (one, torch.ones(3, 2).T),
+        (one[:1], other),
+    ]
+    forms = [form_of(batch) for batch in batches]
+    assert len(set(forms)) == len(batches) and None not in forms
+    assert form_of({"a": other, "b": one}) == forms[0]
+    assert form_of((one, object())) is None and form_of({"a": one, "b": {1, 2}}) is None

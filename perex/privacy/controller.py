@@ -233,7 +233,7 @@ class PrivateBackward(Controller):
         scale = self.scale_of(losses.device)
         bounds = getattr(optimizer, "max_grad_norms", None)
         bad = self.px.unbounded()
-        if bad is not None and self.overflowed(losses[bad]):
+        if bad is not None and self.overflowed(losses[bad], forwards):
             optimizer.expect_whole()
             for parameter in optimizer.params:  # the scaler will see it, take no step, and scale less
                 parameter.grad = torch.full_like(parameter, torch.inf)
@@ -251,14 +251,14 @@ class PrivateBackward(Controller):
         self.px.release()  # before noise is made
         optimizer.wrote(scale)
 
-    def overflowed(self, losses: Tensor) -> bool:
+    def overflowed(self, losses: Tensor, forwards: frozenset[Forward]) -> bool:
         """Whether the gradients of examples are not finite because of the scale of their losses.
 
         If not, no clipping bounds what they would do to the step, so they are to have no part in it. To raise would let
         one example decide whether training goes on, which no noise would hide.
         """
         scaled = self.grad_scaler is not None and self.grad_scaler.is_enabled()
-        if scaled and self.latest().half and bool(losses.detach().isfinite().any()):
+        if scaled and any(forward.half for forward in forwards) and bool(losses.detach().isfinite().any()):
             return True
         warnings.warn(
             f"loss.backward(): the gradients of {len(losses)} examples, or their squares, are not finite. No clipping "

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from perex.scoring.errors import ScoringError
-from perex.scoring.nest import leaves, map_leaves, tensors
+from perex.scoring.nest import map_leaves, tensors
 
 WARM = 2
 """How many batches of a form run as usual before one is recorded: the first are checked, and choose how to compute."""
@@ -50,7 +51,7 @@ class Recorded:
     def __call__(self, batch: Any, size: int | None) -> Any:
         """What the function makes of a batch."""
         form = form_of(batch), size
-        if form[0] is None:
+        if form[0] is None:  # it holds what cannot be told from another of its kind
             return self.run(batch, size)
         recording = self.recordings.get(form)
         if recording is None:
@@ -83,12 +84,25 @@ class Recorded:
 
 def form_of(batch: Any) -> Any:
     """All of a batch but the numbers in its tensors; None if more than tensors, numbers and texts are in it."""
-    form: list[Any] = []
-    for leaf in leaves(batch):
-        if isinstance(leaf, Tensor):
-            form.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
-        elif isinstance(leaf, (int, float, bool, str, type(None))):
-            form.append((type(leaf), leaf))
-        else:
-            return None
-    return type(batch), *form
+    try:
+        return shape_of(batch)
+    except TypeError:
+        return None
+
+
+def shape_of(tree: Any) -> tuple[Any, ...]:
+    """The same of a part of it; keys and names, too, for tensors change places when these do."""
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.stride(), tree.dtype, tree.device
+    if isinstance(tree, (int, float, bool, str, type(None))):
+        return type(tree), tree
+    if hasattr(tree, "to"):
+        raise TypeError
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in dataclasses.fields(tree) if field.init]
+        return type(tree), *((name, shape_of(getattr(tree, name))) for name in names)
+    if isinstance(tree, Mapping):
+        return type(tree), *((key, shape_of(value)) for key, value in tree.items())
+    if isinstance(tree, (tuple, list)):
+        return type(tree), *map(shape_of, tree)
+    raise TypeError
