@@ -97,9 +97,9 @@ def added_up(values: Iterable[Tensor | Terms]) -> Tensor:
     """The sum of tensors, on the first one's device."""
     parts = list(values)
     terms = [value for value in parts if isinstance(value, Terms)]
-    if terms:
+    if terms and len(terms) == len(parts):
         return added(terms)
-    total, *others = (value for value in parts if isinstance(value, Tensor))
+    total, *others = map(finished, parts)
     if others and len({(value.dtype, value.device) for value in (total, *others)}) == 1:
         return torch.stack([total, *others]).sum(0)
     for value in others:
