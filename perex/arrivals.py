@@ -69,11 +69,6 @@ def note_overflow(result: Result, tapped: Tapped, grads: Sequence[Tensor | None]
                 result.overflow(tapped.forward, largest.isinf(), call.examples)
 
 
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Switch autocast off, where it is on: the switch itself takes longer than a small rule."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 def whereabouts(saved: Sequence[Tensor]) -> AbstractContextManager[Any]:
     """Have blocks of temporaries as large as fits a GPU, where tensors are on one."""
     here = next((tensor for tensor in saved if tensor.is_cuda), None)

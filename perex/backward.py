@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from perex.arrivals import factors_of, note_overflow, whereabouts, without_autocast
+from perex.arrivals import factors_of, note_overflow, whereabouts
 from perex.capture.forward import Forward, Tapped
 from perex.capture.parameters import Entry
 from perex.capture.probe import Probe
@@ -19,6 +19,7 @@ from perex.errors import NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor
 from perex.factors.outline import outline
 from perex.gradients import tensors_of
+from perex.kernels.products import without_autocast
 from perex.kernels.readers import reading
 from perex.kernels.strategies import Preferences, preferring
 from perex.quantities import Quantity
@@ -157,14 +158,16 @@ class Backwards:
         for slot, entry, factor in factors_of(tapped, saved, grads):
             kept = factor.condensed() if keeping else factor
             if slot in sums and kept is factor:
-                kept.summing = True
+                kept.summing = slot in call.sharing.together
             result.add(forward, entry, kept)
             if not known:
                 outlines.append((entry, outline(kept)))
             if slot in sums:
                 sums_of[slot] = kept.summed()
-            elif self.sharing and not call.sharing.names and self.may_share(tapped, slot, factor):
+            elif self.sharing and self.may_share(tapped, slot, factor):
                 call.sharing.names = tuple(call.slots)  # a convolution's bias alone costs as much as both
+                if factor.sums_with_norms():
+                    call.sharing.together |= {slot}
         forward.readers.done(saved)
         call.sharing.decided = True
         call.outlines[form] = tapped.use.factors = outlines

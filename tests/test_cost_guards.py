@@ -29,8 +29,9 @@ FLOPS = {
     "GPT 2L d=256 V=2000 T=64": (0.79, 1.11),
     "GPT 2L d=256 V=2000 T=512": (1.01, 1.01),
 }
-SPARE = 2**20
-"""Bytes that perex may take beyond plain training, for blocks of its products: a quarter of a `BLOCK`."""
+SPARE = 2**20 + 2**16
+"""Bytes that perex may take beyond plain training, for blocks of its products, a quarter of a `BLOCK`, or for output
+gradients in another order, and for norms."""
 
 
 def stepping(case: Case, way: str) -> tuple[nn.Module, Callable[[], object]]:

@@ -17,17 +17,18 @@ from torch.utils.checkpoint import checkpoint
 
 import perex
 from perex.factors import Factor, Outer, Patches
-from perex.kernels import outer
+from perex.kernels import large, outer
 from perex.kernels.geometry import Geometry
 
 B, T, D = 4, 6, 3
 STEPS = 4  # the first finds out, and the calls of the second are remembered: the third shares
 
 
-@pytest.fixture(autouse=True)
-def always(monkeypatch):
+@pytest.fixture(autouse=True, params=[True, False], ids=["with norms", "after norms"])
+def always(request, monkeypatch):
     """Share where it can be done, and not only where it pays."""
     monkeypatch.setattr(Factor, "sums_cheaply", lambda factor: factor.summed_plan() is not None)
+    monkeypatch.setattr(Factor, "sums_with_norms", lambda factor: request.param)
 
 
 class Of(nn.Module):
@@ -329,7 +330,7 @@ def outer_of(batch: int, positions: int, m: int, n: int, device: str = "meta") -
 
 @pytest.mark.parametrize(
     ("factor", "pays"),
-    [
+    [  # where `@` multiplies as fast as anything
         (outer_of(2, 512, 768, 256), True),  # multiplied out for the norm anyway
         (outer_of(4, 256, 1536, 512), True),  # the Gram matrix costs more than a pass over each product
         (outer_of(16, 64, 768, 256), False),  # the Gram matrix is cheap
@@ -341,7 +342,10 @@ def outer_of(batch: int, positions: int, m: int, n: int, device: str = "meta") -
 )  # fmt: skip
 def test_where_it_pays(factor, pays, monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setattr(large, "onednn_is_faster", lambda: False)
+    outer.NORMS.picked.clear()
     assert factor.sums_cheaply() == pays
+    outer.NORMS.picked.clear()
 
 
 def test_small_models_keep_their_bits(monkeypatch):
@@ -393,7 +397,8 @@ def test_a_small_head_behind_layers_that_share_does_not_hide_that_gradients_have
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(128, 128), lambda: nn.Conv1d(128, 128, 3, padding=1)])
-def test_reports_of_products_that_give_norms_and_gradients(make):
+def test_reports_of_products_that_give_norms_and_gradients(make, monkeypatch):
+    monkeypatch.setattr(Factor, "sums_with_norms", lambda factor: True)
     model, x = make(), torch.randn(4, 128, 128)
     with perex.attach(model) as px:
         for _ in range(4):

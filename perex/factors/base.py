@@ -60,12 +60,16 @@ class Factor(ABC):
         """What `squared_norm` costs if it leaves the sum over examples; None where it does not."""
         return None
 
-    def sums_cheaply(self) -> bool:
+    def sums_with_norms(self) -> bool:
         """Whether norms and sum are cheaper together, by multiplying out, than each in its own way; on CPUs."""
         together, norms = self.summed_plan(), self.plan()
-        if together is None or norms is None or self.dense_flops() // 2 < WORTH_SHARING:
+        return together is not None and norms is not None and together.cost < norms.cost + self.sum_cost()
+
+    def sums_cheaply(self) -> bool:
+        """Whether the sum, or norms and sum, cost less than they do where autograd computes the sum; on CPUs."""
+        if self.dense_flops() // 2 < WORTH_SHARING:
             return False
-        return together.cost < norms.cost + self.product_cost()
+        return self.sum_cost() < self.product_cost() or self.sums_with_norms()
 
     def sizes(self) -> Tensor | None:
         r"""At least $\sum_t \|G_{bt}\|$ over the terms that `weighted_sum` adds to those of other examples, `(B,)`.
@@ -91,8 +95,12 @@ class Factor(ABC):
         return 0
 
     def product_cost(self) -> float:
-        """What that costs, in multiply-adds of a large matrix product."""
+        """What that costs in autograd, as the sum over examples, in multiply-adds of a large matrix product."""
         return self.dense_flops() / 2
+
+    def sum_cost(self) -> float:
+        """What `summed` costs, likewise."""
+        return self.product_cost()
 
     def merge(self, other: Factor) -> Factor | None:
         """One factor for the sum of both, or None where that is no simpler than keeping two."""

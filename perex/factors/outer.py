@@ -10,6 +10,7 @@ from torch import Tensor
 from perex.factors.base import Factor
 from perex.factors.terms import Terms
 from perex.kernels import outer as kernel
+from perex.kernels.large import SLACK, faster, multiplied
 from perex.kernels.plan import Plan
 from perex.kernels.readers import current
 
@@ -104,7 +105,18 @@ class Outer(Factor):
             left = left * weights
         else:
             right = right * weights
-        return (left.flatten(0, 1).T @ right.flatten(0, 1)).reshape(self.shape)
+        return multiplied(left.flatten(0, 1).T, right.flatten(0, 1)).reshape(self.shape)
+
+    def summed(self) -> Tensor:
+        """See `Factor.summed`."""
+        if self.total is not None:
+            return super().summed()
+        return multiplied(self.left.flatten(0, 1).T, self.right.flatten(0, 1)).reshape(self.shape)
+
+    def sum_cost(self) -> float:
+        """See `Factor.sum_cost`."""
+        fast = faster(self.left.flatten(0, 1).T, self.right.flatten(0, 1))
+        return (SLACK if fast else 1.0) * self.product_cost()
 
     def along(self, direction: Tensor) -> Tensor:
         r"""$\sum_t l_t^\top V r_t$."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perex.kernels import readers
+from perex.kernels import large, readers
 from perex.kernels.blocks import block, block_size, example_blocks, pair_block_size
 from perex.kernels.cancellation import recomputed
 from perex.kernels.gpu import seconds
 from perex.kernels.plan import Plan
-from perex.kernels.products import HALVES, product
+from perex.kernels.products import HALVES
 from perex.kernels.spot import current
 from perex.kernels.strategies import Strategies
 from perex.kernels.triton.available import usable
@@ -80,7 +80,9 @@ def _direct(left: torch.Size, right: torch.Size) -> Plan | None:
     entries = groups * m * right[3]
     flops = 2 * batch * entries * (positions + 1)
     held = min(block_size(batch, entries) * entries, max(block(), groups * right[3]))
-    return Plan("direct", flops, held, batch * entries)
+    spot, one = current(), min(block(), m * right[3]) * positions
+    slack = large.slack(one, flops // max(1, 2 * one)) if spot is None or spot.device == "cpu" else 1.0
+    return Plan("direct", flops, held, batch * entries, slack)
 
 
 @NORMS.way("direct", _direct, narrow=True)
@@ -90,7 +92,7 @@ def direct(left: Tensor, right: Tensor) -> Tensor:
     step = max(1, block() // max(1, groups * right.shape[3]))  # of rows
     parts = []
     for i, j in example_blocks(left.shape[0], groups * m * right.shape[3]):
-        rows = (product(left[i:j, ..., k : k + step].mT, right[i:j]) for k in range(0, max(m, 1), step))
+        rows = (large.multiplied(left[i:j, ..., k : k + step].mT, right[i:j]) for k in range(0, max(m, 1), step))
         parts.append(sum(whole_squares(found.flatten(1, 2)) for found in rows))
     return joined(parts)
 
@@ -117,7 +119,7 @@ def summed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     step = max(1, block() // max(1, n))  # of rows
     for i, j in example_blocks(batch, m * n):
         for k in range(0, max(m, 1), step):
-            found = left[i:j, :, k : k + step].mT @ right[i:j]
+            found = large.multiplied(left[i:j, :, k : k + step].mT, right[i:j])
             norms[i:j] += whole_squares(found)
             total[k : k + step] += found[0] if j - i == 1 else found.sum(0)
     return norms, total
@@ -159,7 +161,7 @@ def products(positions: int) -> tuple[int, int]:
 
 def grams(x: Tensor) -> list[Tensor]:
     r"""$x_t \cdot x_s$ of all `pairs` of `(b, G, T, m)`, `(b G R, t, s)` each."""
-    return [torch.bmm(later, earlier.mH) for later, earlier, _ in pairs(x.flatten(0, 1).contiguous())]
+    return [large.multiplied(later, earlier.mH) for later, earlier, _ in pairs(x.flatten(0, 1).contiguous())]
 
 
 def _gram(left: torch.Size, right: torch.Size) -> Plan | None:
@@ -183,7 +185,7 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
         total, size = (left.new_zeros(j - i).real for _ in range(2))
         lefts = left[i:j].flatten(0, 1).contiguous()
         for (later, earlier, twice), of_rights in zip(pairs(lefts), rights, strict=True):
-            product = torch.bmm(later, earlier.mH).mul_(of_rights)
+            product = large.multiplied(later, earlier.mH).mul_(of_rights)
             product = product.real if product.is_complex() else product
             if twice < product.shape[2]:
                 total += product[..., twice:].reshape(j - i, -1).sum(1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,3 +38,8 @@ def widen(tensor: Tensor) -> Tensor:
 def takes_dtype() -> bool:
     """Whether torch multiplies half-precision matrices into float32: since 2.8, on CUDA."""
     return torch.torch_version.TorchVersion(torch.__version__) >= (2, 8)  # type: ignore[operator]
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Switch autocast off, where it is on: the switch itself takes longer than a small rule."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -53,10 +53,12 @@ class Sharing:
 
     Attributes:
         names: parameters of which the tap is to give `.grad`.
+        together: those of them that come out of the same product as their norms.
         decided: whether that has been looked at.
     """
 
     names: tuple[str, ...] = ()
+    together: frozenset[str] = frozenset()
     decided: bool = False
 
 

@@ -1,0 +1,98 @@
+"""Products of large matrices, by whichever of the CPU's libraries multiplies faster: MKL, or oneDNN."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from perex.kernels.products import product
+
+WORTH_PREPARING = 2**26
+"""Multiply-adds that products of one form have to have in all: for a new one, oneDNN takes 0.3 ms to get ready."""
+
+WORTH_A_CALL = 2**23
+"""Multiply-adds that each of several has to have, for oneDNN takes one a call, and MKL all of them."""
+
+SLACK = 0.55
+"""What a multiply-add costs by oneDNN, in those of `@`."""
+
+
+def multiplied(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of two matrices or two stacks of matrices; in float32, where they are in half precision.
+
+    Args:
+        a: `(..., m, k)`.
+        b: `(..., k, n)`.
+
+    Returns:
+        Tensor `(..., m, n)`.
+    """
+    if not faster(a, b):
+        return product(a, b)
+    if a.dim() == 2:
+        return by_onednn(a, b).contiguous()
+    found = a.new_empty(*a.shape[:-1], b.shape[-1])
+    for one, left, right in zip(*(stack.flatten(0, -3) for stack in (found, a, b)), strict=True):
+        one.copy_(by_onednn(left, right))
+    return found
+
+
+def faster(a: Tensor, b: Tensor) -> bool:
+    """Whether two stacks of matrices are multiplied faster one by one, by oneDNN."""
+    one, stack = a.shape[-2] * b.shape[-2:].numel(), a.shape[:-2].numel()
+    if one < WORTH_A_CALL or one * stack < WORTH_PREPARING or not a.dtype == b.dtype == torch.float32:
+        return False
+    here = a.device.type == b.device.type == "cpu" and not (a.requires_grad or b.requires_grad)
+    return here and bool(torch.backends.mkldnn.enabled) and onednn_is_faster()
+
+
+def slack(one: int, stack: int) -> float:
+    """What a multiply-add costs where each of a stack of products in float32 has so many; in those of `@`."""
+    fast = one >= WORTH_A_CALL and one * stack >= WORTH_PREPARING and onednn_is_faster()
+    return SLACK if fast else 1.0
+
+
+def by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of two matrices in float32, or the transpose of its transpose where less is to be copied for that.
+
+    The operator copies a first matrix whose rows do not lie one after the other; of the second, it reads both orders.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    if not a.is_contiguous() and m * k > n * (m + k):
+        return by_onednn(b.mT.contiguous(), a.mT).mT
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+    return found
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies matrices faster than MKL does.
+
+    MKL uses AVX-512 on Intel's CPUs only, and oneDNN wherever there is any: on others it takes half the time. The
+    operator is one that torch's compiler calls; where it is not what it was, `@` has to do.
+    """
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if (
+        not known.get("avx512_f")
+        or "Intel" in str(known.get("cpu_name", "Intel"))
+        or not torch.backends.mkl.is_available()
+    ):
+        return False
+    a, b = torch.arange(6.0, device="cpu").view(2, 3), torch.arange(12.0, device="cpu").view(3, 4)
+    try:
+        return torch.equal(by_onednn(a, b), a @ b)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _operations(rows: Any, weight: Any, *options: Any, **kwargs: Any) -> int:
+    """Operations of oneDNN's product, `(..., k)` with `(n, k)`."""
+    return 2 * int(torch.Size(rows).numel()) * int(weight[0])
+
+
+if onednn_is_faster() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_operations)

@@ -1,0 +1,405 @@
+"""Products of large matrices by oneDNN, and taps that give the gradient of an operator's input with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import Bare, grid, scramble
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import perex
+from perex.kernels import large
+from perex.rules.registry import Product
+
+B, T, D = 4, 3, 5
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Multiply by oneDNN, however small the matrices are and whoever made the CPU."""
+    if not HAS_ONEDNN:
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(large, "WORTH_A_CALL", 1)
+    monkeypatch.setattr(large, "WORTH_PREPARING", 1)
+    monkeypatch.setattr(large, "onednn_is_faster", lambda: True)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Have taps give gradients of rows wherever they can, in any precision; what they gave."""
+    found: list[Tensor] = []
+    real = Product.gradient_of_rows
+
+    def noted(product: Product, grad: Tensor, matrix: Tensor) -> Tensor:
+        found.append(real(product, grad, matrix))
+        return found[-1]
+
+    monkeypatch.setattr("perex.rules.registry.faster", lambda a, b: True)
+    monkeypatch.setattr(Product, "gradient_of_rows", noted)
+    return found
+
+
+# Products
+
+
+def laid_out(matrix: Tensor, how: str) -> Tensor:
+    """The same numbers in another order in memory."""
+    if how == "transposed":
+        return matrix.mT.contiguous().mT
+    if how == "part":
+        wide = torch.randn(*matrix.shape[:-1], matrix.shape[-1] + 3)
+        wide[..., 2:-1] = matrix
+        return wide[..., 2:-1]
+    return matrix
+
+
+@given(
+    st.sampled_from([(), (1,), (3,), (2, 2)]),
+    st.tuples(*[st.sampled_from([1, 2, 7, 16, 33])] * 3),
+    st.tuples(*[st.sampled_from(["as it is", "transposed", "part"])] * 2),
+)
+@grid(150)
+def products_of(stack: tuple[int, ...], sizes: tuple[int, int, int], how: tuple[str, str]) -> None:
+    m, k, n = sizes
+    a, b = laid_out(torch.randn(*stack, m, k), how[0]), laid_out(torch.randn(*stack, k, n), how[1])
+    assert large.faster(a, b)
+    found = large.multiplied(a, b)
+    assert found.is_contiguous() and found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_products(onednn):
+    products_of()
+
+
+def test_what_is_no_number_stays_none(onednn):
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    a[1, 2], b[0, 0] = torch.inf, torch.nan
+    expected = a @ b
+    assert torch.equal(large.multiplied(a, b).isfinite(), expected.isfinite())
+
+
+def test_what_onednn_is_not_asked_for(onednn, monkeypatch):
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    assert large.faster(a, b)
+    assert not large.faster(a.double(), b.double()) and not large.faster(a.half(), b.half())
+    assert not large.faster(a.requires_grad_(), b)
+    assert not large.faster(a.detach().to("meta"), b.to("meta"))
+    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns of GPUs that are not there
+    try:
+        assert not large.faster(a.detach(), b)
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    monkeypatch.setattr(large, "WORTH_PREPARING", 61)
+    assert not large.faster(a.detach(), b)
+
+
+@pytest.mark.parametrize("vendor", ["Intel(R) Xeon(R)", "AMD EPYC"])
+@pytest.mark.parametrize("broken", [None, RuntimeError, AttributeError, TypeError, "wrong"])
+def test_when_it_is_taken(vendor, broken, monkeypatch):
+    """Where MKL leaves out AVX-512, and torch's operator does what it did."""
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        if isinstance(broken, type):
+            raise broken("no such operator")
+        return a @ b + (broken == "wrong")
+
+    known = {"avx512_f": True, "cpu_name": vendor}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(large, "by_onednn", product)
+    assert large.onednn_is_faster.__wrapped__() == (vendor == "AMD EPYC" and broken is None)
+    known["avx512_f"] = False
+    assert not large.onednn_is_faster.__wrapped__()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not large.onednn_is_faster.__wrapped__()
+
+
+def test_operations_are_counted():
+    if not large.onednn_is_faster():
+        pytest.skip("MKL is as fast here")
+    a, b = torch.randn(300, 512), torch.randn(512, 600)
+    with FlopCounterMode(display=False) as counter:
+        large.multiplied(a, b)
+    assert counter.get_total_flops() == 2 * 300 * 512 * 600
+
+
+# Taps in the place of products
+
+
+def summed(out: Tensor) -> Tensor:
+    return out.sin().flatten(1).sum(1)
+
+
+def alone(model: nn.Module, x: Tensor) -> Tensor:
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    norms = []
+    for b in range(len(x)):
+        grads = torch.autograd.grad(summed(model(x[b : b + 1])).sum(), chosen, allow_unused=True)
+        norms.append(sum(g.square().sum() for g in grads if g is not None).sqrt())
+    return torch.stack(norms)
+
+
+def bare(function: Callable[..., Any], **shapes: str) -> Callable[[], nn.Module]:
+    return lambda: Bare(function, {"D": D}, a="D", **shapes)
+
+
+def frozen(name: str) -> nn.Module:
+    layer = nn.Linear(D, 6)
+    getattr(layer, name).requires_grad_(False)
+    return nn.Sequential(nn.Linear(D, D), nn.Tanh(), layer)
+
+
+class Reentering(nn.Module):
+    """Runs its first two layers in a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, D))
+        self.outer = nn.Linear(D, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(checkpoint(self.inner, x, use_reentrant=False))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many products a step has whose rows need gradients
+    "layers": (lambda: nn.Sequential(nn.Linear(D, 7), nn.ReLU(), nn.Linear(7, 3)), 1),
+    "in place": (lambda: nn.Sequential(nn.Linear(D, 7), nn.ReLU(inplace=True), nn.Linear(7, 3)), 1),
+    "no bias": (lambda: nn.Sequential(nn.Linear(D, 7, bias=False), nn.Linear(7, 3, bias=False)), 1),
+    "matmul": (bare(lambda m, x: torch.tanh((x * m.a) @ m.v) @ m.w, v="D7", w="72"), 2),
+    "torch.matmul": (bare(lambda m, x: torch.matmul(x * m.a, other=m.v), v="D7"), 1),
+    "addmm": (bare(lambda m, x: torch.addmm(m.c, (x * m.a).flatten(0, -2), m.v).unflatten(0, x.shape[:-1]),
+                   v="D7", c="7"), 1),
+    "by name": (bare(lambda m, x: F.linear(bias=m.c, weight=m.v, input=x * m.a), v="6D", c="6"), 1),
+    "rows used twice": (bare(lambda m, x: F.linear(x * m.a, m.v) * F.linear(x * m.a, m.w), v="6D", w="6D"), 2),
+    "a residual": (bare(lambda m, x: x * m.a + F.linear(x * m.a, m.v), v="DD"), 1),
+    "one weight twice": (bare(lambda m, x: F.linear(F.linear(x * m.a, m.v).tanh(), m.v), v="DD"), 2),
+    "its transpose": (bare(lambda m, x: F.linear(x * m.a, m.v) @ m.v, v="7D"), 2),
+    "a weight of one row": (bare(lambda m, x: F.linear(x * m.a, m.v), v="1D"), 1),
+    "a vector": (bare(lambda m, x: F.linear(x * m.a, m.v), v="D"), 0),
+    "frozen weight": (lambda: frozen("weight"), 1),
+    "frozen bias": (lambda: frozen("bias"), 1),
+    "checkpoint": (Reentering, 1),
+}  # fmt: skip
+
+
+def made(case: str) -> nn.Module:
+    torch.manual_seed(2)
+    return scramble(CASES[case][0]().double())
+
+
+@pytest.mark.parametrize("shape", [(B, D), (B, T, D), (B, 2, T, D), (1, T, D)])
+@pytest.mark.parametrize("case", CASES)
+def test_norms_and_gradients_of_inputs(case, shape, taken):
+    """From the second step on, when calls are known."""
+    if case == "a vector" and len(shape) == 2:
+        return  # one number an example
+    model, plain = made(case), made(case)
+    with perex.attach(model, param_grads=False, audit=False) as px:
+        for step in range(5):
+            x = torch.randn(shape, dtype=torch.float64, requires_grad=step % 2 == 1)
+            taken.clear()
+            px.backward(summed(model(x)) * len(x))
+            torch.testing.assert_close(px.norms(), alone(plain, x.detach()) * len(x), rtol=1e-9, atol=1e-12)
+            if x.requires_grad:
+                given = torch.autograd.grad(summed(plain(x)).sum(), x)[0]
+                torch.testing.assert_close(x.grad, given, rtol=1e-9, atol=1e-12)
+        if len(x) > 1:  # else nothing is remembered of a call
+            assert len(taken) == CASES[case][1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_clipped_sums(case, taken):
+    model, plain = made(case), made(case)
+    x = torch.randn(B, T, D, dtype=torch.float64)
+    with perex.attach(model, param_grads=False, audit=False, memory="high", loss_reduction="sum") as px:
+        for _ in range(3):
+            model.zero_grad()
+            summed(model(x)).sum().backward()
+            px.clip_(0.7)
+    norms = alone(plain, x)
+    (summed(plain(x)) * (0.7 / norms.clamp(min=0.7))).sum().backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        if other.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_of_parameters_keep_their_bits(taken):
+    """With `param_grads`, the input's gradient is autograd's."""
+    model, plain = made("layers"), made("layers")
+    with perex.attach(model, audit=False):
+        for _ in range(3):
+            x = torch.randn(B, D, dtype=torch.float64)
+            for one in (model, plain):
+                one.zero_grad()
+                summed(one(x)).sum().backward()
+    assert not taken
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def known(model: nn.Module, **options: Any) -> perex.Tracker:
+    """Attached, and the model's calls known."""
+    px = perex.attach(model, param_grads=False, audit=False, **options)
+    for _ in range(2):
+        px.backward(summed(model(torch.randn(B, T, D, dtype=torch.float64))))
+    return px
+
+
+def test_a_graph_that_runs_twice(taken):
+    model, plain = made("layers"), made("layers")
+    x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
+    with known(model, loss_reduction="sum") as px:
+        losses = summed(model(x)).sum()
+        losses.backward(retain_graph=True)
+        first = px.norms()
+        losses.backward()
+        assert torch.equal(px.norms(), first)
+    torch.testing.assert_close(first, alone(plain, x.detach()))
+    torch.testing.assert_close(x.grad, 2 * torch.autograd.grad(summed(plain(x)).sum(), x)[0])
+
+
+def test_gradients_that_are_differentiated_again(taken):
+    """With respect to the input it is allowed, and exact."""
+    model, plain = made("layers"), made("layers")
+    x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
+
+    def second(one: nn.Module) -> Tensor:
+        (slope,) = torch.autograd.grad(summed(one(x)).sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    with known(model):
+        taken.clear()
+        found = second(model)
+        assert taken
+    torch.testing.assert_close(found, second(plain), rtol=1e-9, atol=1e-12)
+
+
+def test_a_penalty_on_gradients_is_refused(taken):
+    model = made("layers")
+    x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
+    with known(model) as px:
+        out = summed(model(x))
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        (out.mean() + slope.square().sum()).backward()
+        with pytest.raises(perex.UnsupportedError, match="gradient penalty"):
+            px.norms()
+
+
+def test_a_weight_that_changes_before_the_backward(taken):
+    model = made("layers")
+    with known(model):
+        losses = summed(model(torch.randn(B, T, D, dtype=torch.float64))).sum()
+        with torch.no_grad():
+            model[2].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            losses.backward()
+
+
+def test_hooks_of_modules_see_the_gradients_of_inputs(taken):
+    model, plain = made("layers"), made("layers")
+    seen: list[list[Tensor]] = [[], []]
+    for one, grads in zip((model, plain), seen, strict=True):
+        one[2].register_full_backward_hook(lambda m, given, got, grads=grads: grads.append(given[0]))
+    x = torch.randn(B, T, D, dtype=torch.float64)
+    with known(model) as px:
+        seen[0].clear()
+        px.backward(summed(model(x)) * B)
+    summed(plain(x)).sum().backward()
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_saved_elsewhere_is_left_to_autograd(taken):
+    """Hooks on saved tensors count what is saved, as checkpoints do."""
+    model = made("layers")
+    with known(model) as px, torch.autograd.graph.save_on_cpu():
+        taken.clear()
+        x = torch.randn(B, T, D, dtype=torch.float64)
+        px.backward(summed(model(x)))
+        torch.testing.assert_close(px.norms(), alone(made("layers"), x), rtol=1e-9, atol=1e-12)
+    assert not taken
+
+
+def test_sparse_rows_are_left_to_autograd(taken):
+    model = bare(lambda m, x: torch.sparse.mm(x, m.v) if x.is_sparse else (x * m.a) @ m.v, v="D7")().double()
+    with known(model) as px:
+        x = torch.randn(B, D, dtype=torch.float64)
+        px.backward(summed(model(x)))
+        torch.testing.assert_close(px.norms(), alone(copy.deepcopy(model), x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_few_examples(batch, taken):
+    model = made("layers")
+    with known(model) as px:
+        for _ in range(2):
+            x = torch.randn(batch, T, D, dtype=torch.float64)
+            px.backward(summed(model(x)) * batch)
+            expected = alone(made("layers"), x) if batch else torch.zeros(0, dtype=torch.float64)
+            torch.testing.assert_close(px.norms(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_under_autocast_autograd_does_it(taken):
+    model = made("layers").float()
+    with perex.attach(model, param_grads=False, audit=False) as px:
+        for _ in range(3):
+            with torch.autocast("cpu"):
+                losses = summed(model(torch.randn(B, T, D)).float())
+            px.backward(losses)
+    assert not taken
+
+
+def test_a_backward_inside_autocast(taken):
+    """What the forward did in float32, the backward does, too."""
+    model, plain = made("layers").float(), made("layers")
+    x = torch.randn(B, T, D)
+    with perex.attach(model, param_grads=False, audit=False) as px:
+        for _ in range(3):
+            losses = summed(model(x)) * B
+            with torch.autocast("cpu"):
+                px.backward(losses)
+        assert taken
+        torch.testing.assert_close(px.norms().double(), alone(plain, x.double()) * B, rtol=1e-5, atol=0)
+
+
+def test_in_float32_by_onednn(onednn):
+    """All of it as it runs where it pays: taps, norms and sums by oneDNN."""
+    for case in CASES:
+        model, plain = made(case).float(), made(case)
+        x = torch.randn(B, T, D)
+        for param_grads in (True, False):
+            with perex.attach(model, audit=False, param_grads=param_grads, loss_reduction="sum") as px:
+                for _ in range(4):
+                    model.zero_grad()
+                    px.backward(summed(model(x)))
+                torch.testing.assert_close(px.norms().double(), alone(plain, x.double()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_that_is_not_tracked(taken):
+    """It is left alone as all parameters are, and the tap gives the gradient of the rows."""
+    model, plain = made("layers"), made("layers")
+    x = torch.randn(B, T, D, dtype=torch.float64)
+    with known(model, params=["0.*", "2.bias"], loss_reduction="sum") as px:
+        taken.clear()
+        px.backward(summed(model(x)))
+        assert len(taken) == 1 and all(p.grad is None for p in model.parameters())
+        found = px.norms()
+    plain[2].weight.requires_grad_(False)
+    torch.testing.assert_close(found, alone(plain, x), rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_multiplied_for_an_input_without_gradients(taken):
+    model = made("layers")
+    with known(model) as px:
+        taken.clear()
+        px.backward(summed(model(torch.randn(B, T, D, dtype=torch.float64))))
+        assert len(taken) == 1 and taken[0].shape == (B, T, 7)
