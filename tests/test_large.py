@@ -1,4 +1,4 @@
-"""Products of large matrices by oneDNN, and taps that give the gradient of an operator's input with them."""
+"""Products of large matrices by oneDNN, and operators that are run as such products where no weight has a gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import perex
 from perex.kernels import large
-from perex.rules.registry import Product
+from perex.rules import product
 
 B, T, D = 4, 3, 5
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -36,16 +36,16 @@ def onednn(monkeypatch):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Have taps give gradients of rows wherever they can, in any precision; what they gave."""
+    """Run operators as products wherever that can be done, in any precision; what was multiplied, with each."""
     found: list[Tensor] = []
-    real = Product.gradient_of_rows
+    real = product.multiplied
 
-    def noted(product: Product, grad: Tensor, matrix: Tensor) -> Tensor:
-        found.append(real(product, grad, matrix))
+    def noted(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        found.append(real(a, b, bias))
         return found[-1]
 
-    monkeypatch.setattr("perex.rules.registry.faster", lambda a, b: True)
-    monkeypatch.setattr(Product, "gradient_of_rows", noted)
+    monkeypatch.setattr(product, "faster", lambda a, b: not (a.requires_grad or b.requires_grad))
+    monkeypatch.setattr(product, "multiplied", noted)
     return found
 
 
@@ -134,7 +134,7 @@ def test_operations_are_counted():
     assert counter.get_total_flops() == 2 * 300 * 512 * 600
 
 
-# Taps in the place of products
+# Operators that are products
 
 
 def summed(out: Tensor) -> Tensor:
@@ -172,24 +172,30 @@ class Reentering(nn.Module):
         return self.outer(checkpoint(self.inner, x, use_reentrant=False))
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many products a step has whose rows need gradients
-    "layers": (lambda: nn.Sequential(nn.Linear(D, 7), nn.ReLU(), nn.Linear(7, 3)), 1),
-    "in place": (lambda: nn.Sequential(nn.Linear(D, 7), nn.ReLU(inplace=True), nn.Linear(7, 3)), 1),
-    "no bias": (lambda: nn.Sequential(nn.Linear(D, 7, bias=False), nn.Linear(7, 3, bias=False)), 1),
-    "matmul": (bare(lambda m, x: torch.tanh((x * m.a) @ m.v) @ m.w, v="D7", w="72"), 2),
-    "torch.matmul": (bare(lambda m, x: torch.matmul(x * m.a, other=m.v), v="D7"), 1),
+CASES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    # How many products are computed in the forward, and of how many the rows need gradients when the input does not.
+    "layers": (lambda: nn.Sequential(nn.Linear(D, 7), nn.ReLU(), nn.Linear(7, 3)), 2, 1),
+    "in place": (lambda: nn.Sequential(nn.Linear(D, 7), nn.ReLU(inplace=True), nn.Linear(7, 3)), 2, 1),
+    "no bias": (lambda: nn.Sequential(nn.Linear(D, 7, bias=False), nn.Linear(7, 3, bias=False)), 2, 1),
+    "matmul": (bare(lambda m, x: torch.tanh((x * m.a) @ m.v) @ m.w, v="D7", w="72"), 2, 2),
+    "torch.matmul": (bare(lambda m, x: torch.matmul(x * m.a, other=m.v), v="D7"), 1, 1),
     "addmm": (bare(lambda m, x: torch.addmm(m.c, (x * m.a).flatten(0, -2), m.v).unflatten(0, x.shape[:-1]),
-                   v="D7", c="7"), 1),
-    "by name": (bare(lambda m, x: F.linear(bias=m.c, weight=m.v, input=x * m.a), v="6D", c="6"), 1),
-    "rows used twice": (bare(lambda m, x: F.linear(x * m.a, m.v) * F.linear(x * m.a, m.w), v="6D", w="6D"), 2),
-    "a residual": (bare(lambda m, x: x * m.a + F.linear(x * m.a, m.v), v="DD"), 1),
-    "one weight twice": (bare(lambda m, x: F.linear(F.linear(x * m.a, m.v).tanh(), m.v), v="DD"), 2),
-    "its transpose": (bare(lambda m, x: F.linear(x * m.a, m.v) @ m.v, v="7D"), 2),
-    "a weight of one row": (bare(lambda m, x: F.linear(x * m.a, m.v), v="1D"), 1),
-    "a vector": (bare(lambda m, x: F.linear(x * m.a, m.v), v="D"), 0),
-    "frozen weight": (lambda: frozen("weight"), 1),
-    "frozen bias": (lambda: frozen("bias"), 1),
-    "checkpoint": (Reentering, 1),
+                   v="D7", c="7"), 1, 1),
+    "addmm, one number": (bare(lambda m, x: torch.addmm(m.c, (x * m.a).flatten(0, -2), m.v).unflatten(0, x.shape[:-1]),
+                               v="D7", c="1"), 0, 0),
+    "addmm, scaled": (bare(lambda m, x: torch.addmm(m.c, (x * m.a).flatten(0, -2), m.v, beta=2, alpha=3)
+                           .unflatten(0, x.shape[:-1]), v="D7", c="7"), 0, 0),
+    "by name": (bare(lambda m, x: F.linear(bias=m.c, weight=m.v, input=x * m.a), v="6D", c="6"), 1, 1),
+    "rows used twice": (bare(lambda m, x: F.linear(x * m.a, m.v) * F.linear(x * m.a, m.w), v="6D", w="6D"), 2, 2),
+    "a residual": (bare(lambda m, x: x * m.a + F.linear(x * m.a, m.v), v="DD"), 1, 1),
+    "one weight twice": (bare(lambda m, x: F.linear(F.linear(x * m.a, m.v).tanh(), m.v), v="DD"), 2, 2),
+    "its transpose": (bare(lambda m, x: F.linear(x * m.a, m.v) @ m.v, v="7D"), 2, 2),
+    "a weight of one row": (bare(lambda m, x: F.linear(x * m.a, m.v), v="1D"), 1, 1),
+    "a vector": (bare(lambda m, x: F.linear(x * m.a, m.v), v="D"), 0, 0),
+    "written over": (bare(lambda m, x: F.linear(x * m.a, m.v).mul_(2).relu_(), v="DD"), 1, 1),
+    "frozen weight": (lambda: frozen("weight"), 2, 1),
+    "frozen bias": (lambda: frozen("bias"), 2, 1),
+    "checkpoint": (Reentering, 1, 1),
 }  # fmt: skip
 
 
@@ -214,8 +220,9 @@ def test_norms_and_gradients_of_inputs(case, shape, taken):
             if x.requires_grad:
                 given = torch.autograd.grad(summed(plain(x)).sum(), x)[0]
                 torch.testing.assert_close(x.grad, given, rtol=1e-9, atol=1e-12)
+        _, forward, backward = CASES[case]
         if len(x) > 1:  # else nothing is remembered of a call
-            assert len(taken) == CASES[case][1]
+            assert len(taken) == forward + backward
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -337,6 +344,20 @@ def test_sparse_rows_are_left_to_autograd(taken):
         torch.testing.assert_close(px.norms(), alone(copy.deepcopy(model), x), rtol=1e-9, atol=1e-12)
 
 
+class Own(Tensor):
+    """Somebody's kind of tensor."""
+
+
+def test_other_kinds_of_tensors_are_left_to_the_operator(taken):
+    kinds = {"rows": torch.randn(B, D).as_subclass(Own), "matrix": torch.randn(D, 7)}  # type: ignore[arg-type]
+    assert product.Product("rows", "matrix").run(kinds) is None
+    kinds = {"rows": torch.randn(B, D), "matrix": torch.randn(D, 7).as_subclass(Own)}  # type: ignore[arg-type]
+    assert product.Product("rows", "matrix").run(kinds) is None
+    kinds = {"rows": torch.randn(B, D), "matrix": torch.randn(D, 7).to_sparse()}
+    assert product.Product("rows", "matrix").run(kinds) is None
+    assert not taken
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 def test_few_examples(batch, taken):
     model = made("layers")
@@ -391,15 +412,45 @@ def test_a_weight_that_is_not_tracked(taken):
     with known(model, params=["0.*", "2.bias"], loss_reduction="sum") as px:
         taken.clear()
         px.backward(summed(model(x)))
-        assert len(taken) == 1 and all(p.grad is None for p in model.parameters())
+        assert len(taken) == 3 and all(p.grad is None for p in model.parameters())
         found = px.norms()
     plain[2].weight.requires_grad_(False)
     torch.testing.assert_close(found, alone(plain, x), rtol=1e-9, atol=1e-12)
 
 
-def test_nothing_is_multiplied_for_an_input_without_gradients(taken):
-    model = made("layers")
-    with known(model) as px:
-        taken.clear()
-        px.backward(summed(model(torch.randn(B, T, D, dtype=torch.float64))))
-        assert len(taken) == 1 and taken[0].shape == (B, T, 7)
+def test_layers_that_are_not_tracked(taken):
+    """Those in front of the first that is are products, too, and those behind it pass gradients on."""
+    x = torch.randn(B, T, D, dtype=torch.float64)
+    for params, products in ((["2.*"], 2), (["0.*"], 3)):
+        model, plain = made("layers"), made("layers")
+        with known(model, params=params, loss_reduction="sum") as px:
+            taken.clear()
+            px.backward(summed(model(x)))
+            assert len(taken) == products and all(p.grad is None for p in model.parameters())
+            found = px.norms()
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_(name.startswith(params[0][0]))
+        torch.testing.assert_close(found, alone(plain, x), rtol=1e-9, atol=1e-12)
+
+
+def test_outputs_are_as_the_operator_lays_them_out(taken):
+    for rows in (torch.randn(B, T, D), torch.randn(T, B, D).transpose(0, 1), torch.randn(B, D), torch.randn(D, B).T):
+        layer = nn.Linear(D, 7).double()
+        with perex.attach(layer, param_grads=False, audit=False) as px:
+            for _ in range(3):
+                out = layer(rows.double())
+                px.backward(summed(out))
+        expected = layer(rows.double())
+        assert out.stride() == expected.stride()
+        torch.testing.assert_close(out, expected)
+
+
+def test_nothing_is_kept():
+    """A product's gradient needs the matrix alone, which is there anyway."""
+    assert (
+        product.Multiplication.apply(torch.ones(2, 3, requires_grad=True), torch.ones(3, 4), None).grad_fn is not None
+    )
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        product.Multiplication.apply(torch.ones(2, 3, requires_grad=True), torch.ones(3, 4), None)
+    assert [t.shape for t in kept] == [(3, 4)]

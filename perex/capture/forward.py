@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from perex.capture.record import Record
     from perex.capture.suspects import Suspect
     from perex.rules.call import Call
-    from perex.rules.registry import Product
 
 __all__ = ["Entry", "Forward", "Receiver", "Shared", "Site", "Source", "Tapped", "Use"]
 
@@ -95,14 +94,12 @@ class Tapped(NamedTuple):
         call: the operator call that it is behind.
         use: that call, for reports.
         summed: the parameters whose `.grad` the tap gives, since the norm brings it along.
-        product: what the operator multiplied, if the tap stands in its place in the graph, and not behind it.
     """
 
     forward: Forward
     call: Call
     use: Use
     summed: tuple[str, ...] = ()
-    product: Product | None = None
 
 
 class Forward:

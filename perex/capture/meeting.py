@@ -113,19 +113,27 @@ class Meeting:
                 given |= {key: as_read(value) for key, value in items if key not in given}
             args = tuple([given.get(key, value) for key, value in enumerate(args)])
             kwargs = {key: given.get(key, value) for key, value in kwargs.items()}
+        out = self.run(func, args, kwargs) if places else func(*args, **kwargs)
         if call is None:
-            out = func(*args, **kwargs)
             self.labels.mark(out, known.label)
             return out
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        factors = self.factors(call, tensors)
-        if factors:
-            rows, without = factors[0], factors[0].detach()
-            args = tuple([without if value is rows else value for value in args])
-            kwargs = {key: without if value is rows else value for key, value in kwargs.items()}
-        out = func(*args, **kwargs)
         saved = [tensors[i].detach() if i in entries else tensors[i] for i in call.kept]
-        return self.tap(call, out, saved, summed, aliases, factors)
+        return self.tap(call, out, saved, summed, aliases)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator on parameters and examples; large products by perex's own, where these are faster.
+
+        Not where gradients of parameters are computed, which are to stay as they are, to the bit, as outputs are; nor
+        where what is saved for the backward is counted or moved, or parameters are shards.
+        """
+        parameters, rule = self.labels.parameters, OPERATORS.get(func)
+        if parameters.param_grads or parameters.sharded or rule is None or rule.product is None:
+            return func(*args, **kwargs)
+        if self.forward.recomputed or sparing() or torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        out = rule.product.run({**dict(zip(rule.arguments, args, strict=False)), **kwargs})
+        return func(*args, **kwargs) if out is None else out
 
     def shares_sums(self, call: Call) -> tuple[str, ...]:
         """Of which parameters a call is to leave the gradient to its tap, because the norm brings it along.
@@ -141,20 +149,6 @@ class Meeting:
         if len({*call.kept, *(call.template(name).number for name in call.slots)}) != len(call.axes):
             return ()
         return call.sharing.names
-
-    def factors(self, call: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The rows and the matrix that a call multiplies, if its tap is to give the gradient of the rows.
-
-        It is where perex multiplies faster than autograd, unless weight gradients are computed: those of layers in
-        front stay as they are, to the bit. Nor where what is saved is counted or moved, as for sums.
-        """
-        product, parameters = call.rule.product, self.labels.parameters
-        if product is None or parameters.param_grads or parameters.sharded:
-            return ()
-        if self.forward.recomputed or sparing() or torch.is_autocast_enabled("cpu"):
-            return ()
-        rows, matrix = (tensors[call.template(name).number] for name in (product.rows, product.matrix))
-        return (rows, matrix.detach()) if rows.requires_grad and product.pays(rows.detach(), matrix.detach()) else ()
 
     def poisoned(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: Lost, saved: list[Tensor]
@@ -234,9 +228,8 @@ class Meeting:
         saved: list[Tensor],
         summed: tuple[str, ...] = (),
         aliases: Sequence[Tensor] = (),
-        factors: Sequence[Tensor] = (),
     ) -> Any:
-        """Put a tap behind the results of a call, and before the rows if it multiplies these by a matrix."""
+        """Put a tap behind the results of a call."""
         self.latest = call
         forward, out_axes = self.forward, call.out_axes
         if forward.record is not None:
@@ -253,9 +246,7 @@ class Meeting:
         if not produced:  # a named result, as `torch.max` has
             produced = list(out)
         forward.half = forward.half or torch.float16 in [tensor.dtype for tensor in produced]
-        before, kept = factors[:1], [*saved, *factors[1:]]
-        about = Tapped(forward, call, use, summed, call.rule.product if factors else None)
-        tapped = Tap.apply(about, kept, forward.sentinel, *aliases, *before, *produced)
+        tapped = Tap.apply(Tapped(forward, call, use, summed), saved, forward.sentinel, *aliases, *produced)
         for tensor, axis in zip(tapped, out_axes, strict=True):
             self.labels.mark(tensor, axis)
         return type(out)(tapped) if template is out else unpack(template, tapped)

@@ -28,19 +28,18 @@ class Tap(torch.autograd.Function):
     changes are noticed, and memory goes as the backward goes. `sentinel` is an input that requires grad, so
     that the output does too when weights are detached; it also tells a full backward from one that is
     restricted to some inputs. `aliases` stand for parameters that the operator read detached: their gradients come from
-    the tracker, which has them anyway. Where the operator multiplies rows by a matrix and took them detached, the tap
-    gives their gradient, too: the matrix is what is saved last.
+    the tracker, which has them anyway.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, tapped: Tapped, saved: list[Tensor], sentinel: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return the outputs, which come behind aliases and rows, as they are."""
+        """Return the outputs, which come behind the aliases, as they are."""
         ctx.tapped = tapped  # type: ignore[attr-defined]
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        return tuple([output.detach() for output in tensors[len(tapped.summed) + (tapped.product is not None) :]])
+        return tuple([output.detach() for output in tensors[len(tapped.summed) :]])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -48,19 +47,15 @@ class Tap(torch.autograd.Function):
         tapped: Tapped = ctx.tapped
         summed = tapped.summed
         sums: Mapping[str, Tensor] = {}
-        saved, product, of_rows = ctx.saved_tensors, tapped.product, None
         if any(grad is not None for grad in grads):
             wanted: Sequence[str] = ()
             if summed:
                 nodes = ctx.next_functions[1 : 1 + len(summed)]
                 wanted = [n for n, (node, _) in zip(summed, nodes, strict=True) if will_run(node)]
-            sums = tapped.forward.receive(tapped, saved if product is None else saved[:-1], grads, wanted)
+            sums = tapped.forward.receive(tapped, ctx.saved_tensors, grads, wanted)
             if torch.is_grad_enabled():  # create_graph=True
                 grads = tuple(g if g is None else Second.apply(tapped, tapped.forward.sentinel, g) for g in grads)
-            if product is not None and grads[0] is not None:
-                of_rows = product.gradient_of_rows(grads[0], saved[-1])
-        before = [sums.get(name) for name in summed] + ([] if product is None else [of_rows])
-        return None, None, None, *before, *grads
+        return None, None, None, *[sums.get(name) for name in summed], *grads
 
 
 def will_run(node: Any) -> bool:

@@ -21,23 +21,25 @@ SLACK = 0.55
 """What a multiply-add costs by oneDNN, in those of `@`."""
 
 
-def multiplied(a: Tensor, b: Tensor) -> Tensor:
+def multiplied(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`a @ b` of two matrices or two stacks of matrices; in float32, where they are in half precision.
 
     Args:
         a: `(..., m, k)`.
         b: `(..., k, n)`.
+        bias: `(n,)`, to be added.
 
     Returns:
         Tensor `(..., m, n)`.
     """
     if not faster(a, b):
-        return product(a, b)
+        found = product(a, b)
+        return found if bias is None else found.add_(bias)
     if a.dim() == 2:
-        return by_onednn(a, b).contiguous()
+        return by_onednn(a, b, bias).contiguous()
     found = a.new_empty(*a.shape[:-1], b.shape[-1])
     for one, left, right in zip(*(stack.flatten(0, -3) for stack in (found, a, b)), strict=True):
-        one.copy_(by_onednn(left, right))
+        one.copy_(by_onednn(left, right, bias))
     return found
 
 
@@ -56,15 +58,15 @@ def slack(one: int, stack: int) -> float:
     return SLACK if fast else 1.0
 
 
-def by_onednn(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of two matrices in float32, or the transpose of its transpose where less is to be copied for that.
+def by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a @ b + bias` of two matrices in float32; the transpose of its transpose where less is to be copied for that.
 
     The operator copies a first matrix whose rows do not lie one after the other; of the second, it reads both orders.
     """
     (m, k), n = a.shape, b.shape[1]
-    if not a.is_contiguous() and m * k > n * (m + k):
+    if bias is None and not a.is_contiguous() and m * k > n * (m + k):
         return by_onednn(b.mT.contiguous(), a.mT).mT
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, bias, "none", [], "")
     return found
 
 

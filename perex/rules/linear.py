@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from perex.factors import Dense, Factor, Outer
 from perex.kernels.products import HALVES, widen
 from perex.rules.call import Captured
-from perex.rules.registry import Product, operator_rule
+from perex.rules.product import Product
+from perex.rules.registry import operator_rule
 
 
 def positions(rows: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def added(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
     saves={"weight": "input"},
     narrow=True,
     multiplies=True,
-    product=Product("input", "weight", transposed=True),
+    product=Product("input", "weight", "bias", transposed=True),
 )
 def linear(captured: Captured) -> dict[str, Factor]:
     r"""`F.linear`: $W$ is `(d_out, d_in)`, and the bias's gradient is $\sum_t g_{bt}$."""
@@ -81,7 +82,7 @@ def matmul(captured: Captured) -> dict[str, Factor]:
     applies=lambda tensors: tensors["input"].dim() == 1,
     narrow=True,
     multiplies=True,
-    product=Product("mat1", "mat2"),
+    product=Product("mat1", "mat2", "input"),
 )
 def addmm(captured: Captured) -> dict[str, Factor]:
     """`bias + x @ W`: HF's `Conv1D`, which stores `W` as `(d_in, d_out)`."""

@@ -10,54 +10,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from perex.factors.base import Factor
-from perex.kernels.large import faster, multiplied
-from perex.kernels.products import without_autocast
 from perex.rules.call import Captured
+from perex.rules.product import Product
 
 RuleFunction = Callable[[Captured], dict[Any, Factor]]
-
-
-class Product(NamedTuple):
-    """Which arguments an operator multiplies, so that a tap can give the gradient of the first in its place.
-
-    Attributes:
-        rows: the name of the first, `(..., n)`.
-        matrix: the name of the second, `(n, m)`.
-        transposed: whether it is `(m, n)`.
-    """
-
-    rows: str
-    matrix: str
-    transposed: bool = False
-
-    def pays(self, rows: Tensor, matrix: Tensor) -> bool:
-        """Whether perex multiplies such matrices faster than autograd does."""
-        if rows.layout != torch.strided or type(rows) is not Tensor or type(matrix) is not Tensor:
-            return False
-        if rows.dim() < 2 or matrix.dim() != 2:
-            return False
-        return faster(rows.flatten(0, -2), matrix.mT if self.transposed else matrix)
-
-    def gradient_of_rows(self, grad: Tensor, matrix: Tensor) -> Tensor:
-        r"""$G M^\top$ for $Y = X M$, or $G M$ for $Y = X M^\top$.
-
-        Args:
-            grad: output gradient, `(..., m)`.
-            matrix: `(n, m)`, or `(m, n)` if it is transposed.
-
-        Returns:
-            Tensor `(..., n)`.
-        """
-        factor, flat = matrix if self.transposed else matrix.mT, grad.flatten(0, -2)
-        with without_autocast(grad.device.type):
-            found = flat @ factor if torch.is_grad_enabled() else multiplied(flat, factor)
-        return found.view(*grad.shape[:-1], found.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +35,7 @@ class Rule:
         applies: whether it covers a call with these tensors, by argument name.
         narrow: whether it takes half precision as it is on GPUs, makes factors of that, and adds up in float32.
         multiplies: whether autocast has the operator read its arguments in half precision.
-        product: what it multiplies, where the gradient of the input is but one product more.
+        product: what it multiplies, where it is a product with a matrix and no more.
     """
 
     name: str
