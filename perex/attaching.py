@@ -42,11 +42,12 @@ def attach(
         loss_reduction: how the loss that is run backward comes from the examples' losses: `"mean"` or `"sum"`.
         batch_dim: the dimension of the model's inputs that holds the examples.
         param_grads: whether `.grad` is computed too. With False it is left alone, and weight gradients are
-            never computed: the fastest way when only statistics are wanted. (torch may then choose other kernels,
-            as it does for frozen weights, so outputs agree to rounding; with True they are the same to the bit. So is
-            `.grad`, but for large weights whose gradient comes out of the same product as its norm, and under autocast
-            for those that are used several times: autocast adds their gradients up in half precision, and perex in
-            float32.)
+            never computed: the fastest way when only statistics are wanted. (Outputs then agree to rounding: torch
+            may choose other kernels, as it does for frozen weights, and perex multiplies large matrices by whichever
+            of the CPU's libraries is faster. With True they are the same to the bit. So is `.grad`, but for large
+            weights whose gradient comes out of the same product as its norm, or of a faster one than autograd's; and
+            under autocast for those that are used several times: autocast adds their gradients up in half precision,
+            and perex in float32.)
         forwards: what several forwards before one backward hold: the `"same"` examples, as the two sides of
             a siamese network, or `"further"` ones. None refuses what it cannot know.
         audit: whether `px.backward(losses)` checks the first batch, and each whose inputs have new shapes, for
@@ -64,9 +65,9 @@ def attach(
         memory: what `clip_`, `reweight_` and `gradients` may take. `"high"`: inputs and output gradients of layers are
             kept from each backward to the next forward. `"auto"`: those of the first backward, where they take at most
             32 MiB and nothing is checkpointed; and of later ones, if the first one's were asked for. `"low"`: of
-            `px.backward(losses)`, the graph alone, of which `clip_` runs the backward again; or they are kept, if they
-            take no more than the parameters, and these at least 1 MiB. `"none"`: nothing is kept, and these are
-            refused.
+            `px.backward(losses)`, the graph alone, of which `clip_` runs the backward again; or, with
+            `param_grads=False`, they are kept, if they fit in where the graph was. `"none"`: nothing is kept, and these
+            are refused.
 
     Returns:
         A `Tracker`, which is also a context manager that detaches on exit.

@@ -35,11 +35,6 @@ ROOM = 2**25
 """How many bytes of gradients are kept where nobody has asked for them: 32 MiB."""
 
 
-SPARE = 2**20
-"""With `memory="low"`, gradients are kept if they take no more bytes than the parameters do, and these at least 1 MiB:
-plain training holds as many for `.grad` by the end of the backward, and no second run is needed."""
-
-
 class Backwards:
     """Gets what taps, guards and hooks report, and makes a `Result` of each backward.
 
@@ -80,7 +75,7 @@ class Backwards:
         self.preferences = preferences
         self.keep = keep
         self.low = low
-        self.fits = low  # whether gradients may take no more than the parameters do
+        self.room: float = 0  # how many bytes of gradients the running backward may leave with `low`
         self.taking: Callable[[Forward, Entry, Factor], None] | None = None  # who gets factors of a second run
         self.sharing = param_grads  # whether taps may give gradients along with norms
         self.latest: Forward | None = None
@@ -151,7 +146,7 @@ class Backwards:
             if grad is not None and axis.stray(grad):
                 result.refuse(UnsupportedError(STRAY.format(call.where, call.name)))
         note_overflow(result, tapped, grads)
-        keeping = bool(result.keep and self.keep)
+        keeping = result.keep and bool(self.keep or self.low)
         form = keeping, *sums, *[None if grad is None else (grad.shape, grad.dtype) for grad in grads]
         outlines, known = call.outlines.get(form, []), form in call.outlines
         sums_of: dict[str, Tensor] = {}
@@ -268,9 +263,8 @@ class Backwards:
         keep = not (forward is not None and forward.sparing) if self.keep is None else self.keep
         result = Result(task, self.quantities, alone, number, keep, self.losses, self.scale)
         result.room = ROOM if self.keep is None else math.inf
-        if self.fits:
-            held = sum(entry.parameter.nbytes for entry in self.session.parameters.tracked())
-            result.keep, result.room, result.again = held >= SPARE, held, True
+        if self.low:
+            result.keep, result.room, result.again = self.room > 0, self.room, True
         result.scaled = self.scaling()
         if (result.keep or self.low) and self.param_grads:
             parameters = self.session.parameters

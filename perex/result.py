@@ -13,7 +13,7 @@ from perex.capture.forward import Forward
 from perex.capture.parameters import Entry
 from perex.errors import NotReadyError, PerexError
 from perex.factors import Dense, Factor, Few, Total
-from perex.gradients import Kept
+from perex.gradients import Kept, tensors_of
 from perex.quantities import Quantity
 from perex.quantities.base import finished
 
@@ -119,6 +119,14 @@ class Result:
             grads = {name: parameter.grad for name, parameter in parameters.items()}
             self.before = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
         return self.before
+
+    def settle(self) -> bool:
+        """Whether gradients stay kept, those too that are still to be added up; no more are let go."""
+        waiting = [tensors_of(factors) for share in self.shares.values() for factors in share.open.values()]
+        if self.keep and sum(tensor.nbytes for tensors in waiting for tensor in tensors) > self.room:
+            self.drop()
+        self.room = math.inf
+        return self.keep
 
     def drop(self) -> None:
         """Keep no gradients."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +16,17 @@ from perex.capture.forward import Forward
 from perex.capture.inputs import about
 from perex.capture.parameters import Entry
 from perex.capture.probe import Probe, same_draws, weights_of
+from perex.capture.saved import saved_bytes
 from perex.capture.suspects import SINK, nodes
 from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor
 from perex.result import Result
+
+MOST = 1024
+"""Of how many kinds of batches it is remembered whether their gradients fit."""
+
+PART = 0.1
+"""What part of plain training's memory `memory="low"` may take beyond that."""
 
 BLANKS = 16
 """How many backwards are looked at again because they brought no gradients to some tap, in all."""
@@ -33,12 +41,14 @@ class Running(Backwards):
     Attributes:
         audited: what has been checked, by shapes and the like.
         blanks: how many backwards brought no gradients to some tap.
+        fitting: with `memory="low"`, whether gradients fit in where the graph was, by kinds of batches.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.audited: set[tuple[object, ...]] = set()
         self.blanks = 0
+        self.fitting: dict[object, bool] = {}
 
     def run(self, losses: Tensor, mean: bool) -> None:
         """Run the backward of the mean or sum of losses; see `Tracker.backward`."""
@@ -64,7 +74,9 @@ class Running(Backwards):
         weight = torch.full_like(losses, 1 / count if mean and count else 1.0)
         probe, kinds = self.check(losses, weight, forwards)
         self.losses, self.scale, self.probe = count, count if mean and count else 1.0, probe
-        again = self.low and not any(forward.once for forward in forwards)
+        kind = tuple(forward.shapes for forward in forwards)
+        again = self.low and not self.fitting.get(kind) and not any(forward.once for forward in forwards)
+        self.room = self.room_for(kind, losses, forwards) if self.low else 0
         try:
             total = (self.scaled(losses) * weight).sum()
             total.backward(retain_graph=again)  # given gradients, torch would import sympy: 40 MB
@@ -76,7 +88,7 @@ class Running(Backwards):
                 "If it can only be run once, attach(..., audit=False) does without that"
             ) from error
         finally:
-            self.losses, self.scale, self.probe = None, None, None
+            self.losses, self.scale, self.probe, self.room = None, None, None, 0
         if probe is not None and probe.error is not None:
             raise self.denied(probe.error)
         if probe is not None and probe.blank and self.blanks < BLANKS:  # look again
@@ -84,15 +96,34 @@ class Running(Backwards):
         else:
             self.audited |= kinds
         if self.low:
-            self.fits = self.kept()
-        if again and not self.fits:
+            self.fitting[kind] = self.kept()
+        if again and not self.fitting[kind]:
             self.retain(total)
         if self.result is None and any(forward.uses for forward in forwards):
             raise LossError("losses: no gradient reached the attached model; are they of another's outputs?")
 
+    def room_for(self, kind: object, losses: Tensor, forwards: Sequence[Forward]) -> float:
+        """How many bytes of gradients the backward to come may leave, with `memory="low"`.
+
+        Plain training holds the graph when its backward begins, and `.grad` when it ends. Gradients that are kept take
+        the place of the graph, bit by bit, and the weighted sum comes to them: if that is no more than the larger of the
+        two and a tenth, nothing has to run twice. It is found out in the first backward of a kind, whose graph stays
+        until then, and holds for all of that kind, as both grow with the batch. With weight gradients, or where what
+        the graph holds is not there to be seen, nothing is kept.
+        """
+        if kind in self.fitting:
+            return math.inf if self.fitting[kind] else 0
+        if self.param_grads or any(forward.sparing for forward in forwards):
+            return 0
+        if len(self.fitting) >= MOST:
+            self.fitting.clear()
+        parameters = [entry.parameter for entry in self.session.parameters.tracked()]
+        graph, own = saved_bytes(nodes([losses.grad_fn]), parameters), sum(p.nbytes for p in parameters)
+        return max(0, (1 + PART) * max(graph, own) - own)
+
     def kept(self) -> bool:
-        """Whether the last backward's gradients were kept."""
-        return self.result is not None and self.result.keep
+        """Whether the last backward's gradients are kept."""
+        return self.result is not None and self.result.settle()
 
     def retain(self, total: Tensor) -> None:
         """Keep what was run backward, and its graph, until the next forward."""

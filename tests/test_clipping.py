@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import perex
+from perex import running
 from perex.running import Running
 
 B = 6
@@ -460,22 +461,9 @@ def test_bounds_of_groups_given_as_groups():
 
 
 @pytest.mark.parametrize("param_grads", [True, False])
-def test_little_memory_without_a_second_run(param_grads, monkeypatch):
-    """Gradients that take no more than the parameters are kept, and the backward is not run again."""
-    model, parts = nn.Sequential(nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 400)), torch.randn(2, 6, 400)
-    model, parts = model.double(), parts.double()
-    gradients = {name: torch.cat([each(model, x)[name] for x in parts]) for name, _ in model.named_parameters()}
-    monkeypatch.setattr(Running, "again", None)
-    with no_trace(model), perex.attach(model, param_grads=param_grads, memory="low") as px:
-        for x in parts:
-            px.backward(losses_of(model, x))
-            px.clip_(0.7)
-    assert_grads(model, gradients, dict.fromkeys(gradients, (0.7 / norms_of(gradients)).clamp(max=1)))
-
-
-@pytest.mark.parametrize("param_grads", [True, False])
 def test_a_second_run_where_they_take_more(param_grads, monkeypatch):
-    """Also after a step that took less; and what `.grad` held before is added to."""
+    """Also after a step that took less, and none for batches like that; what `.grad` held before is added to."""
+    monkeypatch.setattr(running, "saved_bytes", lambda graph, beside: 0)
     model = nn.Sequential(nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 400)).double()
     parts, runs, again = [torch.randn(count, 400).double() for count in (6, 900, 5)], [], Running.again
     gradients = {name: torch.cat([each(model, x)[name] for x in parts]) for name, _ in model.named_parameters()}
@@ -484,5 +472,39 @@ def test_a_second_run_where_they_take_more(param_grads, monkeypatch):
         for x in parts:
             px.backward(losses_of(model, x))
             px.clip_(0.7)
-    assert len(runs) == 2
+    assert len(runs) == (3 if param_grads else 1)
+    assert_grads(model, gradients, dict.fromkeys(gradients, (0.7 / norms_of(gradients)).clamp(max=1)))
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_no_second_run_where_they_take_what_the_graph_took(forwards, monkeypatch):
+    """From the second batch of a kind on, the graph is gone when the backward is over, and gradients are kept."""
+    monkeypatch.setattr(Running, "again", None)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(512, 3))
+    model, parts = model.double(), [torch.randn(4, 3, 12, 12).double() for _ in range(forwards)]
+    gradients = {name: torch.cat([each(model, x)[name] for x in parts]) for name, _ in model.named_parameters()}
+    with no_trace(model), perex.attach(model, param_grads=False, memory="low") as px:
+        for step in range(3):
+            losses = torch.cat([losses_of(model, x) for x in parts])
+            px.backward(losses)
+            model.zero_grad()
+            px.clip_(0.7)
+            assert_grads(model, gradients, dict.fromkeys(gradients, (0.7 / norms_of(gradients)).clamp(max=1)))
+            if step:
+                with pytest.raises(RuntimeError, match="second time"):
+                    losses.sum().backward()
+
+
+def test_several_forwards_with_more_than_fits_run_again(monkeypatch):
+    """Their gradients are added up when they are read: whether they fit is decided before the graph is let go."""
+    monkeypatch.setattr(running, "saved_bytes", lambda graph, beside: 0)
+    runs, again = [], Running.again
+    monkeypatch.setattr(Running, "again", lambda *args, **kwargs: (runs.append(1), again(*args, **kwargs)))
+    model = nn.Sequential(nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 400)).double()
+    parts = [torch.randn(count, 400).double() for count in (700, 500)]
+    gradients = {name: torch.cat([each(model, x)[name] for x in parts]) for name, _ in model.named_parameters()}
+    with perex.attach(model, param_grads=False, memory="low") as px:
+        px.backward(torch.cat([losses_of(model, x) for x in parts]))
+        px.clip_(0.7)
+    assert runs
     assert_grads(model, gradients, dict.fromkeys(gradients, (0.7 / norms_of(gradients)).clamp(max=1)))

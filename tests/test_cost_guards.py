@@ -85,6 +85,25 @@ def test_a_step(case):
         assert most <= plain + SPARE, f"{way}: {most / 2**20:.1f} MiB at the peak, not {plain / 2**20:.1f} as plainly"
 
 
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_a_clipped_step_in_little_memory(case):
+    """At most a tenth more than a plain step takes, whichever way was found in the first steps; and the sums."""
+    model, plain = stepping(case, "plain")
+    model.zero_grad()
+    most, sums = peak(plain), sum(parameter.nbytes for parameter in model.parameters())
+    model, x, y = case.build()
+    px = perex.attach(model, param_grads=False, memory="low")
+
+    def step() -> None:
+        px.backward(case.loss(model(x), y))
+        px.clip_(1.0)
+
+    for _ in range(3):
+        step()
+        model.zero_grad()
+    assert peak(step) <= 1.1 * most + sums / 2 + SPARE
+
+
 def test_a_table_of_a_million_rows():
     """Norms of an embedding need no gradient of the table's size, 1 GB."""
     table = nn.Embedding.from_pretrained(torch.zeros(1_000_000, 256), freeze=False)

@@ -121,10 +121,16 @@ class Outer(Factor):
     def along(self, direction: Tensor) -> Tensor:
         r"""$\sum_t l_t^\top V r_t$."""
         matrix = direction.to(self.left).reshape(self.left.shape[2], self.right.shape[2])
-        return ((self.left @ matrix) * self.right).sum((1, 2))
+        return (flat_product(self.left, matrix) * self.right).sum((1, 2))
 
     def project(self, rows: Tensor, columns: Tensor) -> Tensor:
         r"""$\sum_t (a_k \cdot l_t)(b_k \cdot r_t)$: both sides are projected, and nothing is multiplied out."""
         if len(rows) != self.left.shape[2]:  # a weight whose first dimension is not the outer product's
             return super().project(rows, columns)
-        return ((self.left @ rows.to(self.left)) * (self.right @ columns.to(self.right))).sum(1)
+        left, right = flat_product(self.left, rows.to(self.left)), flat_product(self.right, columns.to(self.right))
+        return (left * right).sum(1)
+
+
+def flat_product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`(B, T, m)` times `(m, n)`: all rows in one product."""
+    return multiplied(rows.flatten(0, 1), matrix).view(*rows.shape[:2], matrix.shape[1])

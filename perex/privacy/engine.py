@@ -43,7 +43,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         grad_scaler: the scaler of the loss, if one is used: `scaler.scale(loss).backward()`. Clipping is of the
             gradients before scaling, and noise is added after `scaler.step` has undone it.
         memory: `"high"` keeps layers' inputs and output gradients from the backward to the clipping; `"low"` runs the
-            backward twice instead.
+            backward twice instead, where they would not fit in where the graph was.
 
     Example:
         >>> import torch, warnings
