@@ -106,14 +106,15 @@ class Running(Backwards):
         """How many bytes of gradients the backward to come may leave, with `memory="low"`.
 
         Plain training holds the graph when its backward begins, and `.grad` when it ends. Gradients that are kept take
-        the place of the graph, bit by bit, and the weighted sum comes to them: if that is no more than the larger of the
-        two and a tenth, nothing has to run twice. It is found out in the first backward of a kind, whose graph stays
-        until then, and holds for all of that kind, as both grow with the batch. With weight gradients, or where what
-        the graph holds is not there to be seen, nothing is kept.
+        the place of the graph, bit by bit, and the weighted sum comes to them: if that is no more than the larger of
+        the two and a tenth, nothing has to run twice. It is found out in the first backward of a kind, whose graph
+        stays until then, and holds for all of that kind, as both grow with the batch. With weight gradients, or where
+        what the graph holds is not there to be seen, nothing is kept.
         """
         if kind in self.fitting:
             return math.inf if self.fitting[kind] else 0
-        if self.param_grads or any(forward.sparing for forward in forwards):
+        unseen = self.session.parameters.sharded or any(forward.sparing for forward in forwards)
+        if self.param_grads or unseen:
             return 0
         if len(self.fitting) >= MOST:
             self.fitting.clear()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def saved_bytes(graph: Iterable[Any], beside: Iterable[Tensor]) -> int:
@@ -19,7 +19,7 @@ def saved_bytes(graph: Iterable[Any], beside: Iterable[Tensor]) -> int:
     found: dict[int, int] = {}
     for node in graph:
         for tensor in saved_by(node):
-            if tensor.layout == torch.strided:
+            if tensor.layout == torch.strided and type(tensor) in (Tensor, nn.Parameter):
                 memory = tensor.untyped_storage()
                 found[memory.data_ptr()] = memory.nbytes()
     for tensor in beside:
