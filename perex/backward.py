@@ -75,7 +75,7 @@ class Backwards:
         self.preferences = preferences
         self.keep = keep
         self.low = low
-        self.room: float = 0  # how many bytes of gradients the running backward may leave with `low`
+        self.fits = False  # whether the running backward keeps gradients with `low`
         self.taking: Callable[[Forward, Entry, Factor], None] | None = None  # who gets factors of a second run
         self.sharing = param_grads  # whether taps may give gradients along with norms
         self.latest: Forward | None = None
@@ -146,7 +146,7 @@ class Backwards:
             if grad is not None and axis.stray(grad):
                 result.refuse(UnsupportedError(STRAY.format(call.where, call.name)))
         note_overflow(result, tapped, grads)
-        keeping = result.keep and bool(self.keep or self.low)
+        keeping = result.keep and self.keep is not None
         form = keeping, *sums, *[None if grad is None else (grad.shape, grad.dtype) for grad in grads]
         outlines, known = call.outlines.get(form, []), form in call.outlines
         sums_of: dict[str, Tensor] = {}
@@ -264,7 +264,7 @@ class Backwards:
         result = Result(task, self.quantities, alone, number, keep, self.losses, self.scale)
         result.room = ROOM if self.keep is None else math.inf
         if self.low:
-            result.keep, result.room, result.again = self.room > 0, self.room, True
+            result.keep = self.fits
         result.scaled = self.scaling()
         if (result.keep or self.low) and self.param_grads:
             parameters = self.session.parameters

@@ -13,7 +13,7 @@ from perex.capture.forward import Forward
 from perex.capture.parameters import Entry
 from perex.errors import NotReadyError, PerexError
 from perex.factors import Dense, Factor, Few, Total
-from perex.gradients import Kept, tensors_of
+from perex.gradients import Kept
 from perex.quantities import Quantity
 from perex.quantities.base import finished
 
@@ -60,7 +60,6 @@ class Result:
         self.number = number
         self.keep = keep
         self.room = math.inf
-        self.again = False  # whether the backward can be run again instead
         self.shares: dict[Forward, Share] = {}
         self.losses = losses
         self.scale = scale
@@ -111,7 +110,7 @@ class Result:
                 kept = shares[0].kept[name] = Kept(total)
                 self.room -= sum(tensor.nbytes for tensor, _ in kept.stamps)
                 if self.room < 0:
-                    self.drop() if self.again else self.release()
+                    self.release()
 
     def remember(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
         """What `.grad` of some parameters was when this was called first, by name."""
@@ -119,14 +118,6 @@ class Result:
             grads = {name: parameter.grad for name, parameter in parameters.items()}
             self.before = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
         return self.before
-
-    def settle(self) -> bool:
-        """Whether gradients stay kept, those too that are still to be added up; no more are let go."""
-        waiting = [tensors_of(factors) for share in self.shares.values() for factors in share.open.values()]
-        if self.keep and sum(tensor.nbytes for tensors in waiting for tensor in tensors) > self.room:
-            self.drop()
-        self.room = math.inf
-        return self.keep
 
     def drop(self) -> None:
         """Keep no gradients."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from perex.capture.forward import Forward
 from perex.capture.inputs import about
 from perex.capture.parameters import Entry
 from perex.capture.probe import Probe, same_draws, weights_of
-from perex.capture.saved import saved_bytes
+from perex.capture.saved import kept_bytes, saved_bytes
 from perex.capture.suspects import SINK, nodes
 from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor
@@ -75,8 +74,8 @@ class Running(Backwards):
         probe, kinds = self.check(losses, weight, forwards)
         self.losses, self.scale, self.probe = count, count if mean and count else 1.0, probe
         kind = tuple(forward.shapes for forward in forwards)
-        again = self.low and not self.fitting.get(kind) and not any(forward.once for forward in forwards)
-        self.room = self.room_for(kind, losses, forwards) if self.low else 0
+        self.fits = self.low and self.fitting_in(kind, losses, forwards)
+        again = self.low and not self.fits and not any(forward.once for forward in forwards)
         try:
             total = (self.scaled(losses) * weight).sum()
             total.backward(retain_graph=again)  # given gradients, torch would import sympy: 40 MB
@@ -88,43 +87,41 @@ class Running(Backwards):
                 "If it can only be run once, attach(..., audit=False) does without that"
             ) from error
         finally:
-            self.losses, self.scale, self.probe, self.room = None, None, None, 0
+            self.losses, self.scale, self.probe, self.fits = None, None, None, False
         if probe is not None and probe.error is not None:
             raise self.denied(probe.error)
         if probe is not None and probe.blank and self.blanks < BLANKS:  # look again
             self.blanks += 1
         else:
             self.audited |= kinds
-        if self.low:
-            self.fitting[kind] = self.kept()
-        if again and not self.fitting[kind]:
+        if again:
             self.retain(total)
         if self.result is None and any(forward.uses for forward in forwards):
             raise LossError("losses: no gradient reached the attached model; are they of another's outputs?")
 
-    def room_for(self, kind: object, losses: Tensor, forwards: Sequence[Forward]) -> float:
-        """How many bytes of gradients the backward to come may leave, with `memory="low"`.
+    def fitting_in(self, kind: object, losses: Tensor, forwards: Sequence[Forward]) -> bool:
+        """Whether gradients are kept, with `memory="low"`, and nothing has to run twice.
 
         Plain training holds the graph when its backward begins, and `.grad` when it ends. Gradients that are kept take
-        the place of the graph, bit by bit, and the weighted sum comes to them: if that is no more than the larger of
-        the two and a tenth, nothing has to run twice. It is found out in the first backward of a kind, whose graph
-        stays until then, and holds for all of that kind, as both grow with the batch. With weight gradients, or where
-        what the graph holds is not there to be seen, nothing is kept.
-        """
-        if kind in self.fitting:
-            return math.inf if self.fitting[kind] else 0
-        unseen = self.session.parameters.sharded or any(forward.sparing for forward in forwards)
-        if self.param_grads or unseen:
-            return 0
-        if len(self.fitting) >= MOST:
-            self.fitting.clear()
-        parameters = [entry.parameter for entry in self.session.parameters.tracked()]
-        graph, own = saved_bytes(nodes([losses.grad_fn]), parameters), sum(p.nbytes for p in parameters)
-        return max(0, (1 + PART) * max(graph, own) - own)
+        the place of the graph, bit by bit, and the weighted sum comes to them: all of it is to take no more than the
+        larger of the two and a tenth. With weight gradients there is no room; where hooks are on what the graph holds,
+        as checkpoints put them, it cannot be looked at; nor can shards.
 
-    def kept(self) -> bool:
-        """Whether the last backward's gradients are kept."""
-        return self.result is not None and self.result.settle()
+        Args:
+            kind: of the batch; what is found holds for all of that kind, as both grow with the batch.
+            losses: what is to be run backward.
+            forwards: that they are of.
+        """
+        if kind not in self.fitting:
+            unseen = self.session.parameters.sharded or any(forward.sparing for forward in forwards)
+            if self.param_grads or unseen:
+                return False
+            if len(self.fitting) >= MOST:
+                self.fitting.clear()
+            graph, parameters = [*nodes([losses.grad_fn])], [e.parameter for e in self.session.parameters.tracked()]
+            saved, own = saved_bytes(graph, parameters), sum(parameter.nbytes for parameter in parameters)
+            self.fitting[kind] = kept_bytes(graph) + own <= (1 + PART) * max(saved, own)
+        return self.fitting[kind]
 
     def retain(self, total: Tensor) -> None:
         """Keep what was run backward, and its graph, until the next forward."""
