@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from perex.kernels.products import product
 
-WORTH_PREPARING = 2**26
+WORTH_PREPARING = 2**25
 """Multiply-adds that products of one form have to have in all: for a new one, oneDNN takes 0.3 ms to get ready."""
 
 WORTH_A_CALL = 2**23
