@@ -44,6 +44,13 @@ def test_ranking_by_no_column(by: str) -> None:
         scores().bottom(-1)
 
 
+def test_a_few_are_printed_row_by_row() -> None:
+    three = Scores(np.array(["a", "bcd", "e"]), torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([4.0, 61.25, 5.0]))
+    assert str(three).splitlines() == [" id   norm  loss", "  a      4     1", "bcd  61.25     2", "  e      5   nan"]
+    many = Scores(np.arange(21), torch.ones(21), torch.ones(21))
+    assert str(many) == repr(many) and str(three.top(0)) == repr(three.top(0))
+
+
 def test_repr_is_short_and_counts_what_is_not_finite() -> None:
     assert repr(scores()) == (
         "Scores(5 examples; norm 0 to 2, median 2, 2 not finite; "

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from perex.scoring.errors import ScoringError, require
 from perex.scoring.plot import draw
+from perex.table import table
+
+SHOWN = 20
+"""How many examples are printed row by row, at most."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,6 +53,14 @@ class Scores:
         columns = f"norm {_spread(self.norms)}; loss {_spread(self.losses)}"
         parts = f"; norms of {len(self.parts)} parts" if self.parts else ""
         return f"Scores({len(self):,} example{'s' * (len(self) != 1)}; {columns}{parts})"
+
+    def __str__(self) -> str:
+        """A few examples row by row, more in one line."""
+        if not 0 < len(self) <= SHOWN:
+            return repr(self)
+        columns = [[str(name) for name in self.ids]]
+        columns += [[f"{value:.4g}" for value in values.tolist()] for values in (self.norms, self.losses)]
+        return "\n".join(table(("id", "norm", "loss"), list(zip(*columns, strict=True)), right={0, 1, 2}))
 
     def columns(self) -> dict[str, np.ndarray]:
         """Name the columns, as the files do: `id`, `loss`, `norm`, and `norm/<name>` for each part.
