@@ -46,7 +46,9 @@ def multiplied(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def faster(a: Tensor, b: Tensor) -> bool:
     """Whether two stacks of matrices are multiplied faster one by one, by oneDNN."""
     one, stack = a.shape[-2] * b.shape[-2:].numel(), a.shape[:-2].numel()
-    if one < WORTH_A_CALL or one * stack < WORTH_PREPARING or not a.dtype == b.dtype == torch.float32:
+    if one < WORTH_A_CALL or one * stack < WORTH_PREPARING or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point() or a.itemsize != 4:  # of float32
         return False
     here = a.device.type == b.device.type == "cpu" and not (a.requires_grad or b.requires_grad)
     return here and bool(torch.backends.mkldnn.enabled) and onednn_is_faster()
