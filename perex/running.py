@@ -15,14 +15,11 @@ from perex.capture.forward import Forward
 from perex.capture.inputs import about
 from perex.capture.parameters import Entry
 from perex.capture.probe import Probe, same_draws, weights_of
-from perex.capture.saved import kept_bytes, saved_bytes
+from perex.capture.saved import UnseenError, kept_bytes, saved_bytes
 from perex.capture.suspects import SINK, nodes
 from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor
 from perex.result import Result
-
-MOST = 1024
-"""Of how many kinds of batches it is remembered whether their gradients fit."""
 
 PART = 0.1
 """What part of plain training's memory `memory="low"` may take beyond that."""
@@ -40,14 +37,12 @@ class Running(Backwards):
     Attributes:
         audited: what has been checked, by shapes and the like.
         blanks: how many backwards brought no gradients to some tap.
-        fitting: with `memory="low"`, whether gradients fit in where the graph was, by kinds of batches.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.audited: set[tuple[object, ...]] = set()
         self.blanks = 0
-        self.fitting: dict[object, bool] = {}
 
     def run(self, losses: Tensor, mean: bool) -> None:
         """Run the backward of the mean or sum of losses; see `Tracker.backward`."""
@@ -73,14 +68,14 @@ class Running(Backwards):
         weight = torch.full_like(losses, 1 / count if mean and count else 1.0)
         probe, kinds = self.check(losses, weight, forwards)
         self.losses, self.scale, self.probe = count, count if mean and count else 1.0, probe
-        kind = tuple(forward.shapes for forward in forwards)
-        self.fits = self.low and self.fitting_in(kind, losses, forwards)
+        self.fits = self.low and self.fitting(losses, forwards)
         again = self.low and not self.fits and not any(forward.once for forward in forwards)
         try:
             total = (self.scaled(losses) * weight).sum()
             total.backward(retain_graph=again)  # given gradients, torch would import sympy: 40 MB
-        except RuntimeError as error:
-            if probe is None or "inplace operation" in str(error):  # which any backward would have met
+        except Exception as error:
+            once = probe is not None or bool(kinds) and "extra time" in str(error)
+            if not once or "inplace operation" in str(error):  # which any backward would have met
                 raise
             raise UnsupportedError(
                 f"the backward raised {error!r}, after perex had run it with other weights on the losses, as a check. "
@@ -99,29 +94,23 @@ class Running(Backwards):
         if self.result is None and any(forward.uses for forward in forwards):
             raise LossError("losses: no gradient reached the attached model; are they of another's outputs?")
 
-    def fitting_in(self, kind: object, losses: Tensor, forwards: Sequence[Forward]) -> bool:
+    def fitting(self, losses: Tensor, forwards: Sequence[Forward]) -> bool:
         """Whether gradients are kept, with `memory="low"`, and nothing has to run twice.
 
         Plain training holds the graph when its backward begins, and `.grad` when it ends. Gradients that are kept take
         the place of the graph, bit by bit, and the weighted sum comes to them: all of it is to take no more than the
-        larger of the two and a tenth. With weight gradients there is no room; where hooks are on what the graph holds,
-        as checkpoints put them, it cannot be looked at; nor can shards.
-
-        Args:
-            kind: of the batch; what is found holds for all of that kind, as both grow with the batch.
-            losses: what is to be run backward.
-            forwards: that they are of.
+        larger of the two and a tenth. With weight gradients there is no room; nor are gradients kept where what the
+        graph holds cannot be looked at.
         """
-        if kind not in self.fitting:
-            unseen = self.session.parameters.sharded or any(forward.sparing for forward in forwards)
-            if self.param_grads or unseen:
-                return False
-            if len(self.fitting) >= MOST:
-                self.fitting.clear()
-            graph, parameters = [*nodes([losses.grad_fn])], [e.parameter for e in self.session.parameters.tracked()]
-            saved, own = saved_bytes(graph, parameters), sum(parameter.nbytes for parameter in parameters)
-            self.fitting[kind] = kept_bytes(graph) + own <= (1 + PART) * max(saved, own)
-        return self.fitting[kind]
+        if self.param_grads or self.session.parameters.sharded or any(forward.sparing for forward in forwards):
+            return False
+        model, graph = self.session.parameters.model, [*nodes([losses.grad_fn])]
+        own = sum(entry.parameter.nbytes for entry in self.session.parameters.tracked())
+        try:
+            saved = saved_bytes(graph, [*model.parameters(), *model.buffers()])
+            return kept_bytes(graph) + own <= (1 + PART) * max(saved, own)
+        except (UnseenError, NotImplementedError, RuntimeError):
+            return False
 
     def retain(self, total: Tensor) -> None:
         """Keep what was run backward, and its graph, until the next forward."""
@@ -144,6 +133,13 @@ class Running(Backwards):
         try:
             sentinels = [forward.sentinel for forward in result.shares]
             torch.autograd.grad(total, sentinels, retain_graph=not last, allow_unused=True)
+        except (PerexError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise UnsupportedError(
+                f"memory='low' runs the backward a second time, and that raised {error!r}. If it can only be run once, "
+                "as selective checkpoints are, memory='high' does with one"
+            ) from error
         finally:
             self.taking = None
 

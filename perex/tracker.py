@@ -319,7 +319,9 @@ class Tracker:
         """
         result = self._result()
         if not result.keep:
-            why = SPARED if self._memory == "auto" else f"nothing is kept with memory={self._memory!r}"
+            why = {"auto": SPARED, "low": "memory='low' keeps only what fits in where the graph was"}.get(
+                self._memory, f"nothing is kept with memory={self._memory!r}"
+            )
             if self._memory == "auto":
                 self._backwards.keep = True
             raise NotReadyError(f"the per-example gradients of the last backward are not there any more: {why}")

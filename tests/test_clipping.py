@@ -11,10 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import perex
-from perex import running
-from perex.capture.saved import kept_bytes
-from perex.capture.suspects import nodes
-from perex.running import Running
 
 B = 6
 
@@ -460,61 +456,3 @@ def test_bounds_of_groups_given_as_groups():
             px.clip_(1.0, by={"0.*": 1.0, "2.*": 2.0})
         with pytest.raises(perex.ArgumentError, match="say with `by` what these are"):
             px.clip_({"0.*": 1.0})
-
-
-@pytest.mark.parametrize("param_grads", [True, False])
-def test_a_second_run_where_they_take_more(param_grads, monkeypatch):
-    """Also after a step that took less, and none for batches like that; what `.grad` held before is added to."""
-    monkeypatch.setattr(running, "saved_bytes", lambda graph, beside: 0)
-    model = nn.Sequential(nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 400)).double()
-    parts, runs, again = [torch.randn(count, 400).double() for count in (6, 900, 5)], [], Running.again
-    gradients = {name: torch.cat([each(model, x)[name] for x in parts]) for name, _ in model.named_parameters()}
-    monkeypatch.setattr(Running, "again", lambda *args, **kwargs: (runs.append(1), again(*args, **kwargs)))
-    with no_trace(model), perex.attach(model, param_grads=param_grads, memory="low") as px:
-        for x in parts:
-            px.backward(losses_of(model, x))
-            px.clip_(0.7)
-    assert len(runs) == (3 if param_grads else 1)
-    assert_grads(model, gradients, dict.fromkeys(gradients, (0.7 / norms_of(gradients)).clamp(max=1)))
-
-
-@pytest.mark.parametrize("forwards", [1, 2])
-def test_no_second_run_where_they_take_what_the_graph_took(forwards, monkeypatch):
-    """The graph is gone when the backward is over, and gradients are kept."""
-    monkeypatch.setattr(Running, "again", None)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(512, 3))
-    model, parts = model.double(), [torch.randn(4, 3, 12, 12).double() for _ in range(forwards)]
-    gradients = {name: torch.cat([each(model, x)[name] for x in parts]) for name, _ in model.named_parameters()}
-    with no_trace(model), perex.attach(model, param_grads=False, memory="low") as px:
-        for _ in range(3):
-            losses = torch.cat([losses_of(model, x) for x in parts])
-            px.backward(losses)
-            model.zero_grad()
-            px.clip_(0.7)
-            assert_grads(model, gradients, dict.fromkeys(gradients, (0.7 / norms_of(gradients)).clamp(max=1)))
-            with pytest.raises(RuntimeError, match="second time"):
-                losses.sum().backward()
-
-
-@pytest.mark.parametrize("layers", ["linear", "conv", "norm", "table", "twice", "general"])
-def test_what_will_be_kept_is_known_before(layers):
-    """As many bytes at least, and not many more."""
-    made = {
-        "linear": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(4, 7, 6)),
-        "conv": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)), torch.randn(4, 3, 9, 9)),
-        "norm": (lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), torch.randn(4, 7, 6)),
-        "table": (lambda: nn.Sequential(nn.Embedding(50, 6), nn.Linear(6, 2)), torch.randint(50, (4, 7))),
-        "twice": (lambda: nn.Sequential(*[nn.Linear(6, 6)] * 2), torch.randn(4, 7, 6)),
-        "general": (lambda: nn.Sequential(nn.LSTM(6, 5, batch_first=True)), torch.randn(4, 7, 6)),
-    }
-    make, x = made[layers]
-    model = make()
-    with perex.attach(model, param_grads=False, memory="high", audit=False) as px:
-        out = model(x)
-        losses = (out[0] if isinstance(out, tuple) else out).sin().flatten(1).sum(1)
-        expected = kept_bytes(nodes([losses.grad_fn]))
-        px.backward(losses)
-        px.gradients()
-        shares = px._backwards.result.shares.values()
-        found = sum(t.nbytes for share in shares for kept in share.kept.values() for t, _ in kept.stamps)
-    assert 0 < found <= 1.01 * expected <= 3 * found

@@ -44,7 +44,7 @@ def taken(monkeypatch):
         found.append(real(a, b, bias))
         return found[-1]
 
-    monkeypatch.setattr(product, "faster", lambda a, b: not (a.requires_grad or b.requires_grad))
+    monkeypatch.setattr(product, "faster", lambda a, b, rows=None: not (a.requires_grad or b.requires_grad))
     monkeypatch.setattr(product, "multiplied", noted)
     return found
 
@@ -87,6 +87,45 @@ def test_what_is_no_number_stays_none(onednn):
     a[1, 2], b[0, 0] = torch.inf, torch.nan
     expected = a @ b
     assert torch.equal(large.multiplied(a, b).isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("bias", [torch.randn(10)[::2], torch.randn(5, 3)[:, 1], torch.randn(1).expand(5)])
+def test_biases_in_any_order(bias, onednn):
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    for left in (a, a.mT.contiguous().mT):
+        torch.testing.assert_close(large.multiplied(left, b, bias), a @ b + bias)
+    torch.testing.assert_close(
+        large.multiplied(a.expand(2, 3, 4), b.expand(2, 4, 5), bias), (a @ b + bias).expand(2, 3, 5)
+    )
+
+
+def test_rows_that_overlap(onednn):
+    """Frames of a signal, and one row or one number for all."""
+    frames, other = torch.randn(40).unfold(0, 8, 4), torch.randn(8, 9)  # (9, 8)
+    assert frames.stride() == (4, 1)
+    for a, b in (
+        (frames, other),
+        (other, frames),
+        (other.mT, frames.mT),
+        (frames.mT, other.mT),
+        (torch.randn(6, 8), torch.randn(8, 1).expand(8, 5)),
+        (torch.randn(6, 8), torch.randn(1, 5).expand(8, 5)),
+        (torch.randn(1, 1).expand(6, 8), torch.randn(1, 1).expand(8, 5)),
+    ):
+        torch.testing.assert_close(large.multiplied(a, b), a @ b)
+
+
+@pytest.mark.parametrize("param_grads", [True, False])
+def test_layers_on_frames_of_a_signal(param_grads, onednn):
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2))
+    x = torch.randn(B, 40)
+    with perex.attach(model, param_grads=param_grads, loss_reduction="sum") as px:
+        for _ in range(4):
+            frames = x.unfold(1, 8, 4)
+            px.backward(summed(model(frames)))
+        found = px.norms()
+    expected = alone(copy.deepcopy(model).double(), x.double().unfold(1, 8, 4))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_what_onednn_is_not_asked_for(onednn, monkeypatch):
@@ -431,6 +470,97 @@ def test_layers_that_are_not_tracked(taken):
         for name, parameter in plain.named_parameters():
             parameter.requires_grad_(name.startswith(params[0][0]))
         torch.testing.assert_close(found, alone(plain, x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", ["relu", "add", "item"])
+def test_writing_over_what_a_frozen_layer_gives(change, taken):
+    def forward(m: Bare, x: Tensor) -> Tensor:
+        h = m.frozen(m.first(x).tanh()) if change == "relu" else m.frozen(x)
+        if change == "relu":
+            h = F.relu(h, inplace=True)
+        elif change == "add":
+            h.add_(m.first(x))
+        else:
+            h[..., :2] = m.first(x)[..., :2]
+        return m.last(h)
+
+    def make() -> nn.Module:
+        torch.manual_seed(3)
+        model = Bare(forward)
+        model.first, model.frozen, model.last = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 2)
+        model.frozen.requires_grad_(False)
+        return model.double()
+
+    model, plain, x = make(), make(), torch.randn(B, T, D, dtype=torch.float64)
+    with perex.attach(model, param_grads=False, audit=False, loss_reduction="sum") as px:
+        for _ in range(4):
+            px.backward(summed(model(x)))
+            torch.testing.assert_close(px.norms(), alone(plain, x), rtol=1e-9, atol=1e-12)
+    assert taken
+
+
+def test_a_bias_of_examples_keeps_its_gradient(taken):
+    """Here `addmm` adds numbers of examples to frozen rows."""
+    model = Bare(lambda m, x: torch.addmm(m.g(x).squeeze(1), m.w, x.t()).t(), {"D": D}, w="DD")
+    model.g = nn.Linear(D, 1)
+    model.double().w.requires_grad_(False)
+    x = torch.randn(B, D, dtype=torch.float64)
+    with perex.attach(model, param_grads=False, audit=False, loss_reduction="sum") as px:
+        for _ in range(4):
+            px.backward(summed(model(x)))
+            torch.testing.assert_close(px.norms(), alone(copy.deepcopy(model), x), rtol=1e-9, atol=1e-12)
+    given = {"rows": x, "matrix": x.T.contiguous(), "bias": torch.ones(B).double().requires_grad_()}
+    assert product.Product("rows", "matrix", "bias").run(given) is None
+
+
+def test_several_gradients_at_once(taken):
+    model, plain = made("layers"), made("layers")
+    x = torch.randn(B, D, dtype=torch.float64, requires_grad=True)
+    with known(model) as px:
+        for _ in range(2):
+            px.backward(summed(model(torch.randn(B, D, dtype=torch.float64))))
+        taken.clear()
+        out = summed(model(x))
+        found = torch.autograd.grad(out, x, torch.eye(B, dtype=torch.float64), is_grads_batched=True)[0]
+        assert taken
+    expected = torch.autograd.grad(summed(plain(x)), x, torch.eye(B, dtype=torch.float64), is_grads_batched=True)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_modes_of_others_see_the_operators(taken):
+    seen: list[Any] = []
+
+    class Doubling(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is F.linear:
+                seen.append(func)
+                args = (args[0], args[1] * 2, *args[2:])
+            return func(*args, **(kwargs or {}))
+
+    model, plain = made("layers"), made("layers")
+    x = torch.randn(B, D, dtype=torch.float64)
+    with perex.attach(model, param_grads=False, audit=False) as px:
+        for _ in range(4):
+            seen.clear()
+            with Doubling():
+                out = model(x)
+            assert len(seen) == 2
+            px.backward(summed(out))
+    with Doubling():
+        torch.testing.assert_close(out, plain(x))
+    assert not taken
+
+
+def test_arguments_that_the_rule_does_not_know():
+    layer = nn.Linear(D, 7).double().requires_grad_(False)
+    model = Bare(
+        lambda m, x: torch.addmm(m.c, x * m.a, layer.weight.T) + 0 * m.a.sum(), {"D": D}, a="D", c="7"
+    ).double()
+    x = torch.randn(B, D, dtype=torch.float64)
+    with perex.attach(model, param_grads=False, audit=False, loss_reduction="sum") as px:
+        for _ in range(3):
+            px.backward(summed(model(x)))
+        torch.testing.assert_close(px.norms(), alone(copy.deepcopy(model), x))
 
 
 def test_outputs_are_as_the_operator_lays_them_out(taken):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from perex.capture.axis import Held
 from perex.capture.parameters import Entry, Shared, Source
@@ -113,8 +115,6 @@ class Forward:
         uses: how many factors each parameter, by name, will get, if every call's gradient arrives.
         paths: for reports, each call, in order.
         readers: how many calls will read each tensor again in the backward.
-        sentinel: an input of all taps that requires grad. It is not a leaf, so that its node tells whether a
-            backward is restricted to some inputs (`torch.autograd.grad`).
         strength: how much that doubt weighs; see `perex.capture.doubts`.
         settled: whether that run has shown it already.
         record: what is needed to run some examples alone, where that is to be done.
@@ -159,7 +159,15 @@ class Forward:
         self.shapes: object = None
         self.paths: list[Use] = []
         self.readers = Readers()
-        self.sentinel = torch.zeros((), requires_grad=True, device="cpu").clone()
+
+    @functools.cached_property
+    def sentinel(self) -> Tensor:
+        """An input of all taps that requires grad; made for the first one, unseen, as checkpoints count operators.
+
+        It is no leaf, so that its node tells whether a backward is restricted to some inputs (`torch.autograd.grad`).
+        """
+        with torch.enable_grad(), _disable_current_modes():
+            return torch.zeros((), requires_grad=True, device="cpu").clone()
 
     @property
     def recomputed(self) -> bool:

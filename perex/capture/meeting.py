@@ -125,12 +125,15 @@ class Meeting:
         """Run an operator on parameters and examples; large products by perex's own, where these are faster.
 
         Not where gradients of parameters are computed, which are to stay as they are, to the bit, as outputs are; nor
-        where what is saved for the backward is counted or moved, or parameters are shards.
+        where what is saved for the backward is counted or moved, parameters are shards, or somebody else's mode is to
+        see the operator.
         """
         parameters, rule = self.labels.parameters, OPERATORS.get(func)
         if parameters.param_grads or parameters.sharded or rule is None or rule.product is None:
             return func(*args, **kwargs)
         if self.forward.recomputed or sparing() or torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        if len(args) > len(rule.arguments) or torch._C._len_torch_function_stack():
             return func(*args, **kwargs)
         out = rule.product.run({**dict(zip(rule.arguments, args, strict=False)), **kwargs})
         return func(*args, **kwargs) if out is None else out

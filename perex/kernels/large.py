@@ -43,15 +43,27 @@ def multiplied(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return found
 
 
-def faster(a: Tensor, b: Tensor) -> bool:
-    """Whether two stacks of matrices are multiplied faster one by one, by oneDNN."""
-    one, stack = a.shape[-2] * b.shape[-2:].numel(), a.shape[:-2].numel()
+def faster(a: Tensor, b: Tensor, rows: int | None = None) -> bool:
+    """Whether two stacks of matrices are multiplied faster one by one, by oneDNN.
+
+    Args:
+        a: `(..., m, k)`.
+        b: `(..., k, n)`.
+        rows: if given, `b` is one matrix, and `a` has so many rows in all.
+    """
+    stack = 1 if rows is not None else a.shape[:-2].numel()
+    one = b.shape[-2:].numel() * (a.shape[-2] if rows is None else rows)
     if one < WORTH_A_CALL or one * stack < WORTH_PREPARING or a.dtype != b.dtype:
         return False
     if not a.is_floating_point() or a.itemsize != 4:  # of float32
         return False
-    here = a.device.type == b.device.type == "cpu" and not (a.requires_grad or b.requires_grad)
+    here = in_memory(a) and in_memory(b) and not (a.requires_grad or b.requires_grad)
     return here and bool(torch.backends.mkldnn.enabled) and onednn_is_faster()
+
+
+def in_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is in a CPU's memory, and does not stand for several, as in `vmap`."""
+    return tensor.device.type == "cpu" and torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.CPU)
 
 
 def slack(one: int, stack: int) -> float:
@@ -63,13 +75,23 @@ def slack(one: int, stack: int) -> float:
 def by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`a @ b + bias` of two matrices in float32; the transpose of its transpose where less is to be copied for that.
 
-    The operator copies a first matrix whose rows do not lie one after the other; of the second, it reads both orders.
+    The operator copies a first matrix whose rows do not lie one after the other. Of the second, it reads rows or
+    columns that lie apart; any other order it refuses. Of the bias it reads as many numbers as there are, one after the
+    other, whatever its strides say.
     """
     (m, k), n = a.shape, b.shape[1]
     if bias is None and not a.is_contiguous() and m * k > n * (m + k):
         return by_onednn(b.mT.contiguous(), a.mT).mT
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, bias, "none", [], "")
+    if not (apart(b) or apart(b.mT)):
+        b = b.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.mT, bias, "none", [], "")
     return found
+
+
+def apart(matrix: Tensor) -> bool:
+    """Whether the rows of a matrix lie apart in memory, each in one piece."""
+    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
 
 
 @functools.cache

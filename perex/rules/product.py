@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from perex.kernels.large import faster, multiplied
+from perex.kernels.large import faster, in_memory, multiplied
 from perex.kernels.products import without_autocast
 
 
@@ -39,17 +39,22 @@ class Product(NamedTuple):
         if not given.keys() <= {self.rows, self.matrix, self.bias}:
             return None
         rows, matrix, bias = given[self.rows], given[self.matrix], given.get(self.bias)
-        if any(type(tensor) is not Tensor or tensor.layout != torch.strided for tensor in (rows, matrix)):
+        if not (ordinary(rows) and ordinary(matrix)):
             return None
-        if rows.dim() < 2 or matrix.dim() != 2:
-            return None
-        if bias is not None and bias.shape != (matrix.shape[0 if self.transposed else 1],):
+        if rows.dim() < 2 or matrix.dim() != 2 or matrix.requires_grad:
             return None
         matrix = matrix.mT if self.transposed else matrix
-        if matrix.requires_grad or not faster(rows.detach().flatten(0, -2), matrix):
+        if bias is not None and (not ordinary(bias) or bias.requires_grad or bias.shape != matrix.shape[1:]):
+            return None
+        if not faster(rows.detach(), matrix, rows.shape[:-1].numel()):
             return None
         found: Tensor = Multiplication.apply(rows, matrix, bias)
         return found
+
+
+def ordinary(tensor: Any) -> bool:
+    """Whether something is a tensor of torch's own kind, and its elements are in memory."""
+    return type(tensor) is Tensor and tensor.layout == torch.strided
 
 
 class Multiplication(torch.autograd.Function):
@@ -60,14 +65,19 @@ class Multiplication(torch.autograd.Function):
         """`(..., n)` times `(n, m)`."""
         ctx.save_for_backward(matrix)
         found = multiplied(rows.detach().flatten(0, -2), matrix, bias)
-        return found.view(*rows.shape[:-1], matrix.shape[1])
+        return shaped(found, rows.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         r"""$G M^\top$."""
         (matrix,) = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
         with without_autocast(grad.device.type):
-            again = torch.is_grad_enabled()  # create_graph=True
-            found = flat @ matrix.mT if again else multiplied(flat, matrix.mT)
-        return found.view(*grad.shape[:-1], matrix.shape[0]), None, None
+            if torch.is_grad_enabled() or not in_memory(grad):  # create_graph=True, or is_grads_batched=True
+                return grad @ matrix.mT, None, None
+            return shaped(multiplied(grad.flatten(0, -2), matrix.mT), grad.shape), None, None
+
+
+def shaped(rows: Tensor, like: torch.Size) -> Tensor:
+    """All rows `(N, m)` as `(..., m)`: no view to autograd, which forbids to change views that functions return."""
+    found: Tensor = torch.ops.aten._unsafe_view(rows, [*like[:-1], rows.shape[1]])
+    return found
