@@ -21,6 +21,9 @@ from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
 from perex.factors import Factor
 from perex.result import Result
 
+ONCE = "Trying to backward an extra time"
+"""What torch says where a selective checkpoint has been run backward already."""
+
 PART = 0.1
 """What part of plain training's memory `memory="low"` may take beyond that."""
 
@@ -74,7 +77,7 @@ class Running(Backwards):
             total = (self.scaled(losses) * weight).sum()
             total.backward(retain_graph=again)  # given gradients, torch would import sympy: 40 MB
         except Exception as error:
-            once = probe is not None or bool(kinds) and "extra time" in str(error)
+            once = probe is not None or bool(kinds) and ONCE in str(error)
             if not once or "inplace operation" in str(error):  # which any backward would have met
                 raise
             raise UnsupportedError(
@@ -175,7 +178,15 @@ class Running(Backwards):
             kind = *place, forward.shapes, *((output.edge.node.name(), output.axis) for output in outputs)
             if self.audit and kind not in self.audited:
                 refuse_recording(losses)
-                check_losses(losses, outputs, forward.batch, first)
+                try:
+                    check_losses(losses, outputs, forward.batch, first)
+                except RuntimeError as raised:
+                    if ONCE not in str(raised):
+                        raise
+                    raise UnsupportedError(
+                        "a selective checkpoint between the model and the losses can go backward once only, and perex "
+                        "runs losses backward several times, as a check: attach(..., audit=False) does without that"
+                    ) from raised
                 new.add(kind)
             parts[forward] = slice(first, first + forward.batch)
             first += forward.batch if further else 0

@@ -182,3 +182,33 @@ def test_a_selective_checkpoint_of_frozen_layers():
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     assert norms.shape == (4,)
+
+
+@pytest.mark.parametrize("memory", ["high", "low"])
+def test_a_selective_checkpoint_in_the_loss(memory):
+    """It can be run once: neither checked nor, with little memory, clipped."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE)
+
+    def losses(out: Tensor) -> Tensor:
+        found: Tensor = checkpoint(lambda h: (h.sin() * h).sum(1), out, use_reentrant=False, context_fn=contexts)
+        return found
+
+    model, x = nn.Linear(5, 3).double(), torch.randn(4, 5).double()
+    with perex.attach(model, param_grads=False, memory=memory) as px:
+        with pytest.raises(perex.UnsupportedError, match="selective checkpoint.*audit=False"):
+            px.backward(losses(model(x)))
+    with perex.attach(model, param_grads=False, memory=memory, audit=False) as px:
+        px.backward(losses(model(x)))
+        norms = px.norms()
+        if memory == "high":
+            px.clip_(0.7)
+        else:
+            with pytest.raises(perex.UnsupportedError, match="a second time.*memory='high'"):
+                px.clip_(0.7)
+    for b in range(len(x)):
+        h = model(x[b : b + 1])
+        alone = torch.autograd.grad((h.sin() * h).sum(), list(model.parameters()))
+        torch.testing.assert_close(norms[b], torch.cat([g.flatten() for g in alone]).norm())
