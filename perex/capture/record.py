@@ -129,7 +129,7 @@ class Record:
 
     def rows(self, tensor: Tensor, held: Held) -> Rows:
         """The rows of the recorded examples in a tensor."""
-        return {b: rows.clone() if isinstance(held, Single) else rows for b, rows in self.each(tensor.detach(), held)}
+        return {b: rows.clone() for b, rows in self.each(tensor.detach(), held)}
 
     def samples(self, tensor: Tensor, held: Held) -> Samples:
         """Samples of these rows."""
@@ -138,14 +138,19 @@ class Record:
         return {b: sampled(rows) for b, rows in self.each(tensor.detach(), held)}
 
     def each(self, tensor: Tensor, held: Held) -> Iterator[tuple[int, Tensor]]:
-        """The examples that have rows in a tensor, with these."""
+        """The examples that have rows in a tensor, with these: views where they lie side by side."""
         if isinstance(held, Single):
             if held.example in self.examples:
                 yield held.example, tensor
             return
         ids = held.ids(self.batch)
         for b in self.examples:
-            rows = tensor.index_select(held.dim, (ids == b).nonzero().flatten().to(tensor.device))
+            where = (ids == b).nonzero().flatten()
+            first, last = (int(where[0]), int(where[-1])) if len(where) else (0, -1)
+            if last - first + 1 == len(where):
+                rows = tensor.narrow(held.dim, first, len(where))
+            else:
+                rows = tensor.index_select(held.dim, where.to(tensor.device))
             if rows.numel():
                 yield b, rows
 
