@@ -99,6 +99,15 @@ def test_biases_in_any_order(bias, onednn):
     )
 
 
+def test_signs_that_are_put_off(onednn):
+    """torch notes a sign in place of changing it, in imaginary parts of conjugates."""
+    a, bias = (torch.randn(*shape, dtype=torch.complex64).conj().imag for shape in ((3, 4), (5,)))
+    b = torch.randn(4, 5)
+    assert a.is_neg() and large.faster(a, b)
+    torch.testing.assert_close(large.multiplied(a, b, bias), a.resolve_neg() @ b + bias.resolve_neg())
+    torch.testing.assert_close(large.multiplied(b.mT, a.mT), b.mT @ a.resolve_neg().mT)
+
+
 def test_rows_that_overlap(onednn):
     """Frames of a signal, and one row or one number for all."""
     frames, other = torch.randn(40).unfold(0, 8, 4), torch.randn(8, 9)  # (9, 8)
