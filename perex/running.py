@@ -76,6 +76,8 @@ class Running(Backwards):
         try:
             total = (self.scaled(losses) * weight).sum()
             total.backward(retain_graph=again)  # given gradients, torch would import sympy: 40 MB
+        except (PerexError, torch.cuda.OutOfMemoryError):
+            raise
         except Exception as error:
             once = probe is not None or bool(kinds) and ONCE in str(error)
             if not once or "inplace operation" in str(error):  # which any backward would have met

@@ -152,6 +152,14 @@ def test_what_onednn_is_not_asked_for(onednn, monkeypatch):
     assert not large.faster(a.detach(), b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+def test_other_precisions_are_as_before(dtype):
+    a, b = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 4, 5, dtype=dtype)
+    wide = a.float() @ b.float() if dtype in (torch.bfloat16, torch.float16) else a @ b
+    assert torch.equal(large.multiplied(a, b), wide)
+    assert torch.equal(large.multiplied(a[0], b[0]), a[0] @ b[0])
+
+
 @pytest.mark.parametrize("vendor", ["Intel(R) Xeon(R)", "AMD EPYC"])
 @pytest.mark.parametrize("broken", [None, RuntimeError, AttributeError, TypeError, "wrong"])
 def test_when_it_is_taken(vendor, broken, monkeypatch):

@@ -22,7 +22,7 @@ SLACK = 0.55
 
 
 def multiplied(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a @ b` of two matrices or two stacks of matrices; in float32, where they are in half precision.
+    """`a @ b` of two matrices, or of two stacks of matrices; stacks in half precision are multiplied into float32.
 
     Args:
         a: `(..., m, k)`.
@@ -33,7 +33,7 @@ def multiplied(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         Tensor `(..., m, n)`.
     """
     if not faster(a, b):
-        found = product(a, b)
+        found = a @ b if a.dim() == 2 else product(a, b)
         return found if bias is None else found.add_(bias)
     if a.dim() == 2:
         return by_onednn(a, b, bias).contiguous()
@@ -102,11 +102,8 @@ def onednn_is_faster() -> bool:
     operator is one that torch's compiler calls; where it is not what it was, `@` has to do.
     """
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if (
-        not known.get("avx512_f")
-        or "Intel" in str(known.get("cpu_name", "Intel"))
-        or not torch.backends.mkl.is_available()
-    ):
+    elsewhere = "Intel" not in str(known.get("cpu_name", "Intel"))
+    if not (elsewhere and known.get("avx512_f") and torch.backends.mkl.is_available()):
         return False
     a, b = torch.arange(6.0, device="cpu").view(2, 3), torch.arange(12.0, device="cpu").view(3, 4)
     try:
