@@ -18,6 +18,7 @@ from perex.capture.labels import Labels
 from perex.capture.memo import Known, Place
 from perex.capture.parameters import Source
 from perex.capture.refusals import Refusals
+from perex.capture.substitutes import run
 from perex.capture.taps import Poison, Tap
 from perex.rules.broadcast import returned
 from perex.rules.call import Call, Ref, pack, unpack
@@ -113,30 +114,13 @@ class Meeting:
                 given |= {key: as_read(value) for key, value in items if key not in given}
             args = tuple([given.get(key, value) for key, value in enumerate(args)])
             kwargs = {key: given.get(key, value) for key, value in kwargs.items()}
-        out = self.run(func, args, kwargs) if places else func(*args, **kwargs)
+        out = run(func, args, kwargs, self.forward, self.labels.parameters if places else None)
         if call is None:
             self.labels.mark(out, known.label)
             return out
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         saved = [tensors[i].detach() if i in entries else tensors[i] for i in call.kept]
         return self.tap(call, out, saved, summed, aliases)
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operator on parameters and examples; large products by perex's own, where these are faster.
-
-        Not where gradients of parameters are computed, which are to stay as they are, to the bit, as outputs are; nor
-        where what is saved for the backward is counted or moved, parameters are shards, or somebody else's mode is to
-        see the operator.
-        """
-        parameters, rule = self.labels.parameters, OPERATORS.get(func)
-        if parameters.param_grads or parameters.sharded or rule is None or rule.product is None:
-            return func(*args, **kwargs)
-        if self.forward.recomputed or sparing() or torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
-        if len(args) > len(rule.arguments) or torch._C._len_torch_function_stack():
-            return func(*args, **kwargs)
-        out = rule.product.run({**dict(zip(rule.arguments, args, strict=False)), **kwargs})
-        return func(*args, **kwargs) if out is None else out
 
     def shares_sums(self, call: Call) -> tuple[str, ...]:
         """Of which parameters a call is to leave the gradient to its tap, because the norm brings it along.

@@ -1,0 +1,76 @@
+"""Max pooling of images on CPUs, by the order of channels in which torch does it fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perex.kernels.blocks import example_blocks
+from perex.kernels.large import in_memory
+
+WORTH_REORDERING = 2**16
+"""Pixels that images have to have in all: below, it is over in a tenth of a millisecond."""
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | None:
+    """What `torch.max_pool2d` gives, to the bit, or None where that is to be called.
+
+    With channels first, torch looks at one number after the other; with channels last, at as many channels at once as a
+    register holds. So the images are brought into that order, some at a time, and the result is brought back: 2 to 4
+    times faster. Gradients go where the operator's own would.
+
+    Args:
+        input: images `(N, C, H, W)`; the other arguments are the operator's own.
+
+    Returns:
+        Tensor `(N, C, H', W')`.
+    """
+    if type(input) is not Tensor or input.layout != torch.strided or not input.is_floating_point() or return_indices:
+        return None
+    if input.dim() != 4 or input.numel() < WORTH_REORDERING or not (input.is_contiguous() and in_memory(input)):
+        return None
+    options = kernel_size, kernel_size if stride in (None, (), []) else stride, padding, dilation
+    found: Tensor = Pooling.apply(input, [*map(pair, options), ceil_mode])
+    return found
+
+
+def pair(option: Any) -> list[int]:
+    """An option of both spatial dimensions."""
+    values = [option] if isinstance(option, int) else list(option)
+    return values * 2 if len(values) == 1 else values
+
+
+class Pooling(torch.autograd.Function):
+    """The largest pixel of each window, for each channel."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, options: list[Any]) -> Tensor:
+        """`(N, C, H, W)` to `(N, C, H', W')`."""
+        results: list[Tensor] = []  # the largest pixels, and where they are
+        for i, j in example_blocks(len(images), images[0].numel()):
+            part = images.detach()[i:j].contiguous(memory_format=torch.channels_last)
+            found = torch.ops.aten.max_pool2d_with_indices(part, *options)
+            results = results or [t.new_empty(len(images), *t.shape[1:]) for t in found]
+            for result, one in zip(results, found, strict=True):
+                result[i:j] = one
+        largest, indices = results
+        ctx.save_for_backward(images, indices)
+        ctx.options = options
+        return largest
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Each gradient goes to the pixel that was the largest."""
+        images, indices = ctx.saved_tensors
+        return torch.ops.aten.max_pool2d_with_indices_backward(grad, images, *ctx.options, indices), None
