@@ -23,7 +23,7 @@ from perex.capture.taps import Poison, Tap
 from perex.rules.broadcast import returned
 from perex.rules.call import Call, Ref, pack, unpack
 from perex.rules.general import GENERAL
-from perex.rules.recurrent import PACKED, is_packed
+from perex.rules.recurrent import CELLS, RECURRENT
 from perex.rules.registry import OPERATORS, Rule
 
 
@@ -80,7 +80,7 @@ class Meeting:
         call = self.record(func, rule, packed_args, packed_kwargs, tensors, slots, out_axes)
         if rule is GENERAL:
             call.kept = list(range(len(tensors)))
-            call.rule = PACKED if is_packed(func, args) else GENERAL
+            call.rule = RECURRENT if func in CELLS and not kwargs else GENERAL
         for index in call.kept:
             if call.axes[index] is None:
                 axis = self.aligned_rows(tensors[index], func, args, kwargs, out, out_axes)
