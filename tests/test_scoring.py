@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from perex.errors import LossError, PerexError
-from perex.quantities import Grads, NoiseScale
+from perex.quantities import Grads, Gram, NoiseScale
 from perex.scoring import Scores, ScoringError, score
 from perex.scoring.recorded import form_of
 
@@ -540,3 +540,37 @@ def test_forms_of_batches_tell_apart_what_a_recording_would_confuse():
     assert len(set(forms)) == len(batches) and None not in forms
     assert form_of({"a": other, "b": one}) == forms[0]
     assert form_of((one, object())) is None and form_of({"a": one, "b": {1, 2}}) is None
+
+
+def test_what_else_can_be_done_is_said() -> None:
+    """Where model or criterion are called in another way than theirs."""
+
+    class Outputs(dict):
+        """What no criterion takes."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Any:
+            return Outputs(logits=self.layer(x))
+
+    class Two(Whole):
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            return x
+
+    data = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    criterion = nn.CrossEntropyLoss()
+    for model, says in ((Whole(), r"loss_fn\(output, target\) raised TypeError.*a Outputs; .*step=lambda"),
+                        (Two(), r"model\(x\) raised TypeError.*a Tensor; .*step=lambda")):  # fmt: skip
+        with pytest.raises(ScoringError, match=says):
+            score(model, data, criterion, progress=False)
+    model = nn.Linear(3, 2)
+    with pytest.raises(PerexError, match="compute the losses from its outputs"):
+        score(model, data, step=lambda m, batch: criterion(m(batch[0]), batch[1]), progress=False)
+    with pytest.raises(ScoringError, match="quantities is a list; pass a dict"):
+        score(model, data, criterion, quantities=[Gram()], progress=False)  # type: ignore[arg-type]
+    scores = score(model, data, criterion, progress=False)
+    with pytest.raises(ScoringError, match="k is 0.1; pass how many"):
+        scores.top(0.1)  # type: ignore[arg-type]

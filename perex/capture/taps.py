@@ -47,7 +47,12 @@ class Tap(torch.autograd.Function):
         tapped: Tapped = ctx.tapped
         summed = tapped.summed
         sums: Mapping[str, Tensor] = {}
-        if any(grad is not None for grad in grads):
+        if any(grad is not None and stands_for_several(grad) for grad in grads):
+            error = several_backwards(tapped)
+            if summed:
+                raise error
+            tapped.forward.refuse(error)
+        elif any(grad is not None for grad in grads):
             wanted: Sequence[str] = ()
             if summed:
                 nodes = ctx.next_functions[1 : 1 + len(summed)]
@@ -56,6 +61,20 @@ class Tap(torch.autograd.Function):
             if torch.is_grad_enabled():  # create_graph=True
                 grads = tuple(g if g is None else Second.apply(tapped, tapped.forward.sentinel, g) for g in grads)
         return None, None, None, *[sums.get(name) for name in summed], *grads
+
+
+def stands_for_several(grad: Tensor) -> bool:
+    """Whether a gradient is one of several that run backward at once, as with `is_grads_batched=True`."""
+    return type(grad) is Tensor and grad.layout == torch.strided and not torch._C._has_storage(grad)
+
+
+def several_backwards(tapped: Tapped) -> UnsupportedError:
+    """What is said of these."""
+    return UnsupportedError(
+        f"several gradients at once run backward through module '{tapped.call.where}' (is_grads_batched=True, "
+        "torch.func.vmap, jacobian(vectorize=True)): examples have a gradient for each of them. Run them one by one, "
+        "or in a model that perex is not attached to"
+    )
 
 
 def will_run(node: Any) -> bool:
@@ -166,4 +185,5 @@ class Poison(torch.autograd.Function):
 def identity(grad: Tensor) -> tuple[int, int, int]:
     """What tells one gradient tensor from another while both live: the backward, memory and version."""
     values = grad._values() if grad.is_sparse else grad
-    return torch._C._current_graph_task_id(), values.data_ptr(), grad._version
+    place = 0 if stands_for_several(grad) else values.data_ptr()  # of these, taps have said that they are none
+    return torch._C._current_graph_task_id(), place, grad._version

@@ -38,7 +38,10 @@ def max_pool2d(
     """
     if type(input) is not Tensor or input.layout != torch.strided or not input.is_floating_point() or return_indices:
         return None
-    if input.dim() != 4 or input.numel() < WORTH_REORDERING or not (input.is_contiguous() and in_memory(input)):
+    if input.dim() != 4 or input.numel() < WORTH_REORDERING or not in_memory(input):
+        return None
+    _, channels, height, width = input.shape
+    if input.stride() != (channels * height * width, height * width, width, 1):  # of one channel, both orders are one
         return None
     options = kernel_size, kernel_size if stride in (None, (), []) else stride, padding, dilation
     found: Tensor = Pooling.apply(input, [*map(pair, options), ceil_mode])

@@ -13,6 +13,7 @@ from perex.capture.forward import Forward
 from perex.errors import LossError
 from perex.privacy.errors import PrivacyError
 from perex.privacy.rows import RowCheck, forwards_behind
+from perex.scoring.errors import ScoringError
 from perex.scoring.losses import PerExampleLosses
 from perex.scoring.nest import tensors
 
@@ -289,7 +290,10 @@ class PrivateCriterion:
                 "other input have the examples in the same dimension; or leave out batches of one"
             )
         self._losses.refusals = self._rows.refusals(values, batch, self._origin.edges())
-        losses = self._losses(args, kwargs, batch)
+        try:
+            losses = self._losses(args, kwargs, batch)
+        except ScoringError as error:
+            raise PrivacyError(f"criterion: {str(error).replace('loss_fn', 'it')}") from error
         if not losses.requires_grad:
             raise LossError("criterion: the losses do not depend on the private model's outputs, or grad is off")
         value = losses.detach().sum()
@@ -303,7 +307,8 @@ class PrivateCriterion:
 
 ADVICE = (
     "the criterion may use what has a row for each example, its outputs and targets, and what it holds itself: give it "
-    "what all examples share beforehand (functools.partial, or an attribute), and batches by their first dimension"
+    "what all examples share beforehand (functools.partial, or an attribute), and batches by their first dimension. To "
+    "leave out examples or tokens, use `ignore_index`, or weights of zero"
 )
 
 

@@ -150,7 +150,7 @@ def prelu(captured: Captured) -> dict[str, Factor]:
     x, weight = captured.value("input"), captured.shape("weight")
     grad = captured.grads[0]
     assert grad is not None
-    below = torch.where(x < 0, grad * x, 0)
+    below = torch.where(x > 0, 0, grad * x)  # of what is no number, what is none
     if math.prod(weight) == 1:
         rows = captured.call.out_axes[0].front(below, captured.batch)
         return {"weight": Dense(rows.flatten(1).sum(1).reshape(captured.batch, *weight))}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perex.attaching import attach
-from perex.errors import LossError
+from perex.errors import LossError, PerexError
 from perex.quantities import Quantity
 from perex.scoring.data import open_pool
 from perex.scoring.errors import ScoringError
@@ -114,6 +114,11 @@ def score(
         raise ScoringError(f'by must be "module", "parameter" or None, not {by!r}')
     if not isinstance(autocast, torch.dtype | None):
         raise ScoringError(f"autocast must be a dtype such as torch.bfloat16, or None, not {autocast!r}")
+    if quantities is not None and not isinstance(quantities, Mapping):
+        raise ScoringError(
+            f"quantities is a {type(quantities).__name__}; pass a dict from a column's name to a quantity, such as "
+            '{"cosine": perex.Dots(direction)}'
+        )
     if cuda_graphs and quantities:
         raise ScoringError("cuda_graphs=True is for losses and norms: further quantities count batches as they run")
     write = None if out is None else writer(out)
@@ -122,6 +127,8 @@ def score(
     if names is not None and pool.length not in (None, len(names)):
         raise ScoringError(f"ids: there are {len(names)} for {pool.length} examples; pass one for each")
     home = torch.device(device) if device is not None else _device_of(model)
+    if home.type == "cuda" and not torch.cuda.is_available():
+        raise ScoringError(f"device={device!r}: torch finds no GPU here")
     if cuda_graphs and home.type != "cuda":
         raise ScoringError(f"cuda_graphs=True needs a GPU, and the model is on {home}")
     compute = _by_step(step) if step is not None else _by_criterion(PerExampleLosses(loss_fn))  # type: ignore[arg-type]
@@ -174,9 +181,26 @@ def _by_criterion(losses_of: PerExampleLosses) -> Compute:
         x, y = batch
         if size is None:
             size = next((len(tensor) for tensor in tensors(batch) if tensor.dim()), 0)
-        return losses_of(model(x), y, size)
+        try:
+            output = model(x)
+        except TypeError as error:
+            raise _says(error, "model(x)", type(x).__name__) from error
+        try:
+            return losses_of(output, y, size)
+        except (TypeError, AttributeError) as error:
+            raise _says(error, "loss_fn(output, target)", type(output).__name__) from error
 
     return compute
+
+
+def _says(error: Exception, call: str, given: str) -> Exception:
+    """An error of the model's or the criterion's, with what else can be done."""
+    if isinstance(error, PerexError):
+        return error
+    return ScoringError(
+        f"{call} raised {type(error).__name__}: {error}. It was given a {given}; where the model takes or returns "
+        "something else than one tensor, pass step=lambda model, batch: losses, which calls both in your way"
+    )
 
 
 def _by_step(step: Step) -> Compute:
@@ -190,7 +214,8 @@ def _by_step(step: Step) -> Compute:
             needed = "(B,)" if size is None else f"({size},)"
             raise LossError(
                 f"step returned losses of shape {tuple(losses.shape)}, but the batch needs {needed}: one for "
-                'each example. Use reduction="none" in the criterion, then average all axes but the first'
+                'each example. Use reduction="none" in the criterion, then average all axes but the first; a loss that '
+                "the model itself returns is of the whole batch, so compute the losses from its outputs (`.logits`)"
             )
         return losses
 

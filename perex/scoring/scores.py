@@ -138,6 +138,8 @@ class Scores:
         columns = self.columns()
         if by == "id" or by not in columns:
             raise ScoringError(f"by={by!r} is no column to rank by; there are {', '.join(list(columns)[1:])}")
+        if not isinstance(k, int):
+            raise ScoringError(f"k is {k!r}; pass how many, such as k=len(scores) // 10 for a tenth")
         if k < 0:
             raise ScoringError(f"k must not be negative, but is {k}")
         values = columns[by]
