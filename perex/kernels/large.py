@@ -43,17 +43,18 @@ def multiplied(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return found
 
 
-def faster(a: Tensor, b: Tensor, rows: int | None = None) -> bool:
+def faster(a: Tensor, b: Tensor, rows: int | None = None, times: int = 1) -> bool:
     """Whether two stacks of matrices are multiplied faster one by one, by oneDNN.
 
     Args:
         a: `(..., m, k)`.
         b: `(..., k, n)`.
         rows: if given, `b` is one matrix, and `a` has so many rows in all.
+        times: how many such products, of a matrix each, there will be one after the other.
     """
     stack = 1 if rows is not None else a.shape[:-2].numel()
     one = b.shape[-2:].numel() * (a.shape[-2] if rows is None else rows)
-    if one < WORTH_A_CALL or one * stack < WORTH_PREPARING or a.dtype != b.dtype:
+    if one * times < WORTH_A_CALL or one * stack * times < WORTH_PREPARING or a.dtype != b.dtype:
         return False
     if not a.is_floating_point() or a.itemsize != 4:  # of float32
         return False

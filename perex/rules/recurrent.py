@@ -1,7 +1,8 @@
 r"""Recurrent layers: in each step, gates read a row of the input and the state before, $W x_t + c$ and $U h_{t-1} + d$.
 
 So with $\delta_t$ the gradient of what the gates get, $G_b = \sum_t \delta_{bt} x_{bt}^\top$ for $W$, and likewise with
-$h_{b,t-1}$ for $U$. The operator is unrolled in time, for all examples at once, and autograd says what $\delta$ is.
+$h_{b,t-1}$ for $U$. The operator is run again, and back through time, for all examples at once; see
+`perex.kernels.recurrence`.
 
 torch's operators are `(input, hx, weights, bias, layers, dropout, train, bidirectional, batch_first)`; for packed
 sequences `(data, batch_sizes, hx, weights, bias, layers, dropout, train, bidirectional)`, where step t has the first
@@ -10,59 +11,34 @@ sequences `(data, batch_sizes, hx, weights, bias, layers, dropout, train, bidire
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from perex.capture.axis import Axis, Held
 from perex.factors import Dense, Factor, Outer
+from perex.kernels import recurrence
+from perex.kernels.large import multiplied
 from perex.kernels.products import widen
-from perex.rules.call import Call, Captured, unpack
+from perex.kernels.recurrence import Cell, Trace, Weights
+from perex.rules.call import Call, Captured, Ref, unpack
 from perex.rules.linear import positions
 from perex.rules.registry import Rule
 
-# Cells: from what the gates get of input and state, and the states before, to the states after
-
-
-def lstm(given: Tensor, kept: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-    r"""$c' = f c + i g$ and $h' = o \tanh c'$."""
-    i, f, g, o = (given + kept).chunk(4, 1)
-    c = f.sigmoid() * states[1] + i.sigmoid() * g.tanh()
-    return [o.sigmoid() * c.tanh(), c]
-
-
-def gru(given: Tensor, kept: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-    r"""$h' = (1 - z) n + z h$ with $n = \tanh(n_x + r n_h)$."""
-    (r, z, n), (own_r, own_z, own_n) = given.chunk(3, 1), kept.chunk(3, 1)
-    n = (n + (r + own_r).sigmoid() * own_n).tanh()
-    return [n + (z + own_z).sigmoid() * (states[0] - n)]
-
-
-def rnn_tanh(given: Tensor, kept: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-    r"""$h' = \tanh(\cdot)$."""
-    return [(given + kept).tanh()]
-
-
-def rnn_relu(given: Tensor, kept: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-    r"""$h' = \max(\cdot, 0)$."""
-    return [(given + kept).relu()]
-
-
-Cell = Callable[[Tensor, Tensor, Sequence[Tensor]], list[Tensor]]
+LSTM, GRU, TANH, RELU = recurrence.LSTM(), recurrence.GRU(), recurrence.Simple(relu=False), recurrence.Simple(relu=True)
 
 CELLS: dict[Any, Cell] = {
-    torch.lstm: lstm,
-    torch.gru: gru,
-    torch.rnn_tanh: rnn_tanh,
-    torch.rnn_relu: rnn_relu,
-    torch.lstm_cell: lstm,
-    torch.gru_cell: gru,
-    torch.rnn_tanh_cell: rnn_tanh,
-    torch.rnn_relu_cell: rnn_relu,
+    torch.lstm: LSTM,
+    torch.gru: GRU,
+    torch.rnn_tanh: TANH,
+    torch.rnn_relu: RELU,
+    torch.lstm_cell: LSTM,
+    torch.gru_cell: GRU,
+    torch.rnn_tanh_cell: TANH,
+    torch.rnn_relu_cell: RELU,
 }
 
 STEPS = frozenset({torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell})
@@ -83,9 +59,8 @@ class Recurrence:
         x: all rows of the input, those of the first step first, `(N, d)`.
         sizes: how many rows each step has, fewer and fewer.
         states: the first ones, `(L D, S, H)` each, for S sequences.
-        weights: for each layer and direction, `w_ih, w_hh`, perhaps `b_ih, b_hh`, and `w_hr` of a projection.
-        numbers: their numbers among the call's tensors.
-        bias: whether there are biases.
+        weights: for each layer and direction.
+        numbers: their numbers among the call's tensors, by their names.
         directions: D, 1 or 2.
     """
 
@@ -94,9 +69,8 @@ class Recurrence:
     x: Tensor
     sizes: list[int]
     states: list[Tensor]
-    weights: list[list[Tensor]]
-    numbers: list[list[int]]
-    bias: bool
+    weights: list[Weights]
+    numbers: list[dict[str, int]]
     directions: int
 
     @classmethod
@@ -116,10 +90,14 @@ class Recurrence:
             length, sequences = args[0].shape[:2][:: -1 if args[8] else 1]
             sizes = [sequences] * length
         states = list(hx) if isinstance(hx, (list, tuple)) else [hx]
-        numbers = [[ref.number for ref in part] for part in in_parts(flat, layers * directions)]
-        weights = [[tensors[number] for number in part] for part in numbers]
+        names = ["ih", "hh", *(["b_ih", "b_hh"] if bias else []), "hr"]  # a projection is not always there
+        numbers = [
+            {name: ref.number for name, ref in zip(names, part, strict=False)}
+            for part in in_parts(flat, layers * directions)
+        ]
+        weights = [Weights(**{name: tensors[number] for name, number in part.items()}) for part in numbers]
         states = [state.unsqueeze(0) for state in states] if layout == "step" else states
-        found = cls(CELLS[func], layout, args[0], sizes, states, weights, numbers, bias, directions)
+        found = cls(CELLS[func], layout, args[0], sizes, states, weights, numbers, directions)
         found.x = found.rows(args[0])
         return found
 
@@ -148,109 +126,94 @@ def in_parts(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
     return [items[k : k + each] for k in range(0, len(items), each)]
 
 
+# The rule
+
+
 class Read(NamedTuple):
-    """What a weight read, and a bias was added to.
+    r"""What a weight reads, and what comes back, of all steps.
 
     Attributes:
         weight: its number among the call's tensors.
-        bias: likewise, None if there is none.
-        rows: `(N, n)`.
-        gates: what came of them, `(N, m)` in all.
+        bias: that of the bias that is added, None if there is none.
+        rows: x, `(N, n)`.
+        deltas: $\delta$, `(N, m)`.
     """
 
     weight: int
     bias: int | None
     rows: Tensor
-    gates: list[Tensor]
-
-
-def unrolled(call: Recurrence) -> tuple[list[Tensor], list[Read]]:
-    """The outputs, rows `(N, D H)` and the last states `(L D, S, H)` each, and what every weight read on the way."""
-    x, reads = call.x, []
-    last: list[list[Tensor]] = []
-    for k in range(0, len(call.weights), call.directions):
-        outs = []
-        for backwards in range(call.directions):
-            out, states, own = direction(call, x, k + backwards, bool(backwards))
-            outs.append(out)
-            last.append(states)
-            reads += own
-        x = torch.cat(outs, 1) if len(outs) > 1 else outs[0]
-    return [x, *(torch.stack(parts) for parts in zip(*last, strict=True))], reads
-
-
-def direction(call: Recurrence, x: Tensor, k: int, backwards: bool) -> tuple[Tensor, list[Tensor], list[Read]]:
-    """One layer in one direction: its rows, its last states `(S, H)`, and what its weights read."""
-    (w_ih, w_hh, *rest), (n_ih, n_hh, *others) = call.weights[k], call.numbers[k]
-    b_ih, b_hh = rest[:2] if call.bias else (None, None)
-    projection = rest[-1] if len(rest) in (1, 3) else None
-    gates = followed(F.linear(x, w_ih, b_ih))
-    first = [states[k] for states in call.states]
-    states = [state[: call.sizes[-1 if backwards else 0]] for state in first]
-    before, kept, hidden, outs = ([] for _ in range(4))
-    ended: list[list[Tensor]] = []
-    steps = list(enumerate(gates.split(call.sizes)))
-    for t, given in reversed(steps) if backwards else steps:
-        size, now = call.sizes[t], len(states[0])
-        if size < now:
-            ended.append([state[size:] for state in states])
-            states = [state[:size] for state in states]
-        elif size > now:
-            states = [torch.cat((state, new[now:size])) for state, new in zip(states, first, strict=True)]
-        before.append(states[0])
-        kept.append(followed(F.linear(states[0], w_hh, b_hh)))
-        states = call.cell(given, kept[-1], states)
-        if projection is not None:
-            hidden.append(states[0])
-            states = [followed(F.linear(states[0], projection)), *states[1:]]
-        outs.append(states[0])
-    for group in (before, kept, hidden, outs) if backwards else ():
-        group.reverse()
-    states = [torch.cat(parts) for parts in zip(states, *reversed(ended), strict=True)]
-    n_bias = others if call.bias else (None, None)
-    reads = [Read(n_ih, n_bias[0], x, [gates]), Read(n_hh, n_bias[1], torch.cat(before), kept)]
-    if projection is not None:
-        reads.append(Read(others[-1], None, torch.cat(hidden), outs))
-    return torch.cat(outs), states, reads
-
-
-def followed(tensor: Tensor) -> Tensor:
-    """A tensor whose gradient can be asked for."""
-    return tensor if tensor.requires_grad else tensor.requires_grad_()
-
-
-# The rule
+    deltas: Tensor
 
 
 def recurrent(captured: Captured) -> dict[Any, Factor]:
     """Gradients of weights and biases, and of inputs and first states that are parameters, by their numbers."""
     call, batch = captured.call, captured.batch
-    tensors = {index: widen(tensor) for index, tensor in captured.tensors.items()}
-    own = {number for part in Recurrence.of(call, tensors).numbers for number in part}
-    with torch.enable_grad():
-        others = {index: tensors[index].detach().requires_grad_() for index in call.slots if index not in own}
-        steps = Recurrence.of(call, {**tensors, **others})
-        outputs, reads = unrolled(steps)
-    reads = [read for read in reads if read.weight in call.slots or read.bias in call.slots]
-    if call.func in STEPS:
-        outputs = outputs[1:]  # there are only states
-    elif captured.grads[0] is not None:
-        captured.grads[0] = steps.rows(captured.grads[0])
-    pairs = [(y, g.reshape(y.shape)) for y, g in zip(outputs, captured.grads, strict=True) if g is not None]
-    asked = [*others.values(), *(gate for read in reads for gate in read.gates)]
-    found = iter(torch.autograd.grad([y for y, _ in pairs], asked, [g for _, g in pairs], materialize_grads=True))
+    own = Recurrence.of(call, {index: widen(tensor) for index, tensor in captured.tensors.items()})
     factors: dict[Any, Factor] = {}
-    for index in others:
-        axis, grad = call.rows.get(index), next(found)
-        factors[index] = Dense(grad.unsqueeze(0) if axis is None else axis.unrows(axis.rows(grad, batch), batch))
-    for read in reads:
-        deltas = torch.cat([next(found) for _ in read.gates])
-        deltas, rows = (steps.by_example(t.detach(), call.out_axes[0], batch) for t in (deltas, read.rows))
-        if read.weight in call.slots:
-            factors[read.weight] = Outer(deltas, rows, call.shapes[read.weight])
-        if read.bias in call.slots:
-            factors[read.bias] = Dense(deltas.sum(1))
+    grads = captured.grads if call.func not in STEPS else [None, *captured.grads]
+    for read in through_time(own, grads):
+        if isinstance(read, Read):
+            deltas = own.by_example(read.deltas, call.out_axes[0], batch)
+            if read.weight in call.slots:
+                rows = own.by_example(read.rows, call.out_axes[0], batch)
+                factors[read.weight] = Outer(deltas, rows, call.shapes[read.weight])
+            if read.bias in call.slots:
+                factors[read.bias] = Dense(deltas.sum(1))
+            continue
+        given = [call.args[0], *refs_of(call.args[2 if own.layout == "packed" else 1])]  # input and first states
+        for ref, grad in zip(given, read, strict=True):
+            if ref.number in call.slots:
+                axis, grad = call.rows.get(ref.number), grad.reshape(call.shapes[ref.number])
+                each = grad.unsqueeze(0) if axis is None else axis.unrows(axis.rows(grad, batch), batch)
+                factors[ref.number] = Dense(each)
     return factors
+
+
+def refs_of(states: Any) -> list[Any]:
+    """The first states: one, or an LSTM's two."""
+    return [states] if isinstance(states, Ref) else list(states)
+
+
+def through_time(own: Recurrence, grads: Sequence[Tensor | None]) -> Iterator[Read | list[Tensor]]:
+    """What all weights read, from the last layer to the first; then the gradients of the input and of first states."""
+    layers: list[tuple[Tensor, list[Trace]]] = []
+    x = own.x
+    for k in range(0, len(own.weights), own.directions):
+        traces = [
+            recurrence.forward(own.cell, x, own.sizes, [state[j] for state in own.states], own.weights[j], j > k)
+            for j in range(k, k + own.directions)
+        ]
+        layers.append((x, traces))
+        x = torch.cat([trace.out for trace in traces], 1) if len(traces) > 1 else traces[0].out
+    grad = torch.zeros_like(x) if grads[0] is None else own.rows(grads[0])
+    last = [
+        torch.zeros_like(state) if given is None else given.reshape(state.shape)
+        for state, given in zip(own.states, grads[1:], strict=True)
+    ]
+    first = [torch.empty_like(state) for state in own.states]
+    while layers:
+        x, traces = layers.pop()
+        below: Tensor | None = None
+        for backwards, part in enumerate(grad.chunk(len(traces), 1)):
+            j = len(layers) * own.directions + backwards
+            weights, numbers, trace = own.weights[j], own.numbers[j], traces[backwards]
+            ends = [state[j] for state in last]
+            given, kept, outs, starts = recurrence.back(
+                own.cell, trace, own.sizes, part, ends, weights, bool(backwards)
+            )
+            yield Read(numbers["ih"], numbers.get("b_ih"), x, given)
+            yield Read(numbers["hh"], numbers.get("b_hh"), trace.before[0], kept)
+            if trace.hidden is not None:
+                yield Read(numbers["hr"], None, trace.hidden, outs)
+            for state, start in zip(first, starts, strict=True):
+                state[j] = start
+            down = multiplied(given, weights.ih)
+            below = down if below is None else below.add_(down)
+        assert below is not None
+        grad = below
+    if own.layout == "batch first":
+        grad = grad.unflatten(0, (len(own.sizes), -1)).transpose(0, 1)
+    yield [grad, *first]
 
 
 RECURRENT = Rule("recurrent", (), frozenset(), {}, recurrent)
