@@ -14,7 +14,15 @@ from perex.errors import (
 from perex.gradients import Gradients
 from perex.quantities import Dots, Grads, Gram, NoiseScale, Projections, Quantity
 from perex.report import Report, Row
-from perex.rules import broadcast, convolution, embedding, grouped, linear, normalization  # noqa: F401  (they register)
+from perex.rules import (  # noqa: F401  (they register)
+    broadcast,
+    convolution,
+    einsum,
+    embedding,
+    grouped,
+    linear,
+    normalization,
+)
 from perex.rules.call import Captured
 from perex.rules.registry import module_rule, operator_rule
 from perex.scoring import Scores, ScoringError, score

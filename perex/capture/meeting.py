@@ -293,7 +293,7 @@ def slots_for(
     numbers = {name: ref.number for name, ref in named.items() if isinstance(ref, Ref)}
     if len(numbers) != len(tensors) or any(tensor.is_complex() for tensor in tensors):
         return None
-    if not rule.applies({name: tensors[number] for name, number in numbers.items()}):
+    if not rule.applies({name: tensors[numbers[name]] if name in numbers else named[name] for name in named}):
         return None
     slots: dict[Any, Source] = {}
     for name, number in numbers.items():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from perex.factors.base import Factor
 from perex.rules.call import Captured
@@ -32,7 +32,7 @@ class Rule:
         saves: for each parameter, those whose values its gradient needs in the backward; under `""`, those that are
             needed in any case.
         function: from `Captured` to a factor for each wanted parameter.
-        applies: whether it covers a call with these tensors, by argument name.
+        applies: whether it covers a call with these arguments, by their names.
         narrow: whether it takes half precision as it is on GPUs, makes factors of that, and adds up in float32.
         multiplies: whether autocast has the operator read its arguments in half precision.
         product: what it multiplies, where it is a product with a matrix and no more.
@@ -43,7 +43,7 @@ class Rule:
     parameters: frozenset[str]
     saves: Mapping[str, tuple[str, ...]]
     function: RuleFunction
-    applies: Callable[[dict[str, Tensor]], bool] = field(default=lambda tensors: True)
+    applies: Callable[[dict[str, Any]], bool] = field(default=lambda given: True)
     narrow: bool = False
     multiplies: bool = False
     product: Product | None = None
@@ -58,7 +58,7 @@ def operator_rule(
     arguments: str,
     parameters: str,
     saves: Mapping[str, str] | None = None,
-    applies: Callable[[dict[str, Tensor]], bool] = lambda tensors: True,
+    applies: Callable[[dict[str, Any]], bool] = lambda given: True,
     narrow: bool = False,
     multiplies: bool = False,
     product: Product | None = None,
@@ -71,7 +71,7 @@ def operator_rule(
         parameters: arguments whose per-example gradients the rule returns.
         saves: for a parameter, the arguments whose values its gradient needs, separated by spaces: memory is held
             for them only while that parameter is tracked.
-        applies: a test on the call's tensors; where it fails, the general path is taken.
+        applies: a test on the call's arguments, by their names; where it fails, the general path is taken.
         narrow: whether the rule takes half precision as it is; see `Rule`.
         multiplies: whether autocast has the operators read half precision; see `Rule`.
         product: what the operators multiply; see `Rule`.
