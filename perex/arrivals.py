@@ -13,7 +13,7 @@ from perex.capture.derived import of_parameters
 from perex.capture.forward import Tapped
 from perex.capture.parameters import Entry, Shared
 from perex.errors import PerexError
-from perex.factors import Factor, Few
+from perex.factors import Aligned, Factor, Few
 from perex.factors.narrow import narrow
 from perex.kernels.spot import Spot, at
 from perex.result import Result
@@ -32,7 +32,7 @@ def factors_of(
         if captured.dtype is not None:
             factor = narrow(factor)
         if isinstance(source, Entry):
-            yield slot, source, of_examples(tapped, factor)
+            yield slot, source, of_examples(tapped, factor.whole if isinstance(factor, Aligned) else factor)
             continue
         for entry, part in of_parameters(source, factor):
             yield slot, entry, of_examples(tapped, part)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from perex.capture.parameters import Entry, Shared, Source
 from perex.errors import UnsupportedError
-from perex.factors import Dense, Factor, Part, Place, Rows
+from perex.factors import Aligned, Dense, Factor, Part, Place, Rows
 from perex.factors.part import once_each
 from perex.kernels.products import widen
 from perex.rules.embedding import keep
@@ -21,6 +21,12 @@ def of_parameters(source: Source, factor: Factor) -> Iterator[tuple[Entry, Facto
     if not isinstance(source, Shared):
         yield source, factor
         return
+    if isinstance(factor, Aligned):
+        place = place_of_row(source, factor.dim)
+        if place is not None:
+            yield source.entries[0], Part(factor.row, place)
+            return
+        factor = factor.whole
     place = place_of(source)
     if place is not None:
         yield source.entries[0], Part(factor, place)
@@ -48,6 +54,14 @@ VIEWS = frozenset(
 
 def place_of(shared: Shared) -> Place | None:
     """Where in its parameter a derived tensor lies, if it is a view of it that shows no element twice."""
+    stand_in, tensor = view_of(shared), shared.tensor
+    if stand_in is None or not once_each(tensor.shape, tensor.stride()):
+        return None
+    return Place(stand_in.shape, tuple(tensor.shape), tensor.stride(), offset_in(stand_in, tensor))
+
+
+def view_of(shared: Shared) -> Tensor | None:
+    """The stand-in of the parameter that a derived tensor is a view of, if it is one."""
     if len(shared.entries) != 1:
         return None
     tensor, (stand_in,) = shared.tensor, shared.stand_ins
@@ -62,13 +76,55 @@ def place_of(shared: Shared) -> Place | None:
     node = tensor.grad_fn
     while node is not None and node is not stand_in.grad_fn and node.name() in VIEWS:
         node = node.next_functions[0][0]
-    if node is not stand_in.grad_fn and not (stand_in.grad_fn is None and getattr(node, "variable", None) is stand_in):
+    if not begins(node, stand_in):
         return None
-    if tensor.is_conj() or tensor.is_neg() or not once_each(tensor.shape, tensor.stride()):
-        return None
-    offset = int(tensor.storage_offset()) - int(stand_in.storage_offset())
-    return Place(stand_in.shape, tuple(tensor.shape), tensor.stride(), offset)
+    return None if tensor.is_conj() or tensor.is_neg() else stand_in
 
+
+def begins(node: Any, stand_in: Tensor) -> bool:
+    """Whether a node of a graph is where it begins, with a stand-in."""
+    return node is stand_in.grad_fn or stand_in.grad_fn is None and getattr(node, "variable", None) is stand_in
+
+
+def offset_in(stand_in: Tensor, view: Tensor) -> int:
+    """The element of a stand-in with which a view of it begins."""
+    return int(view.storage_offset()) - int(stand_in.storage_offset())
+
+
+def place_of_row(shared: Shared, dim: int) -> Place | None:
+    """Where in its parameter a row of a derived tensor lies along a dimension, if all rows are this one.
+
+    So it is after `expand`, which shows the row again and again, and after `repeat`, or a copy of either.
+    """
+    tensor, stand_in = shared.tensor, view_of(shared)
+    row = torch.Size([1 if d == dim else size for d, size in enumerate(tensor.shape)])
+    if stand_in is not None:
+        same = tensor.shape[dim] == 1 or tensor.stride(dim) == 0
+        found = same and once_each(row, tensor.stride())
+        return Place(stand_in.shape, tuple(row), tensor.stride(), offset_in(stand_in, tensor)) if found else None
+    if len(shared.entries) != 1 or tensor._version != shared.version:
+        return None
+    (stand_in,), node = shared.stand_ins, passed(tensor.grad_fn, COPIES)
+    if node is None or node.name() not in ("ExpandBackward0", "RepeatBackward0"):
+        return None
+    before = tuple(node._saved_self_sym_sizes)
+    shows_it_again = (1,) * (len(row) - len(before)) + before == tuple(row)
+    node = passed(node.next_functions[0][0], RESHAPES | COPIES)
+    in_order = begins(node, stand_in) and row.numel() == stand_in.numel()
+    if not (shows_it_again and in_order) or shared.entries[0].parameter.shape != stand_in.shape:
+        return None
+    return Place(stand_in.shape, tuple(row), torch.empty(row, device="meta").stride(), 0)
+
+
+def passed(node: Any, names: frozenset[str]) -> Any:
+    """The first node of a graph, going back, whose name is none of these."""
+    while node is not None and node.name() in names:
+        node = node.next_functions[0][0]
+    return node
+
+
+COPIES = frozenset({"CloneBackward0", "ToCopyBackward0"})
+"""Autograd's names of operators that copy."""
 
 RESHAPES = frozenset(f"{name}Backward0" for name in "Alias ReshapeAlias Squeeze UnsafeView Unsqueeze View".split())
 """Likewise, of those that show all elements in their order."""

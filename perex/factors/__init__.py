@@ -3,6 +3,7 @@
 Rules make them, quantities consume them; neither knows the other.
 """
 
+from perex.factors.aligned import Aligned
 from perex.factors.base import Factor
 from perex.factors.dense import Dense
 from perex.factors.few import Few
@@ -13,4 +14,4 @@ from perex.factors.patches import Patches
 from perex.factors.rows import Rows
 from perex.factors.total import Total
 
-__all__ = ["Dense", "Factor", "Few", "Narrow", "Outer", "Part", "Patches", "Place", "Rows", "Total"]
+__all__ = ["Aligned", "Dense", "Factor", "Few", "Narrow", "Outer", "Part", "Patches", "Place", "Rows", "Total"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from perex.capture.axis import Single
 from perex.factors import Dense, Factor
-from perex.rules.call import Captured
+from perex.rules.call import Captured, own_rows
 from perex.rules.registry import operator_rule
 
 
@@ -27,7 +27,7 @@ def summed(captured: Captured, name: str, scale: float) -> Factor:
     own = list(shape)
     own[place] = rows.shape[axis.dim + 1]
     values = rows.sum_to_size(batch, *aligned(rows.dim() - 1, own)).reshape(batch, *own)
-    return Dense(axis.moved(place).unrows(values, batch))
+    return own_rows(values, axis.moved(place), batch, shape)
 
 
 def aligned(ndim: int, shape: Any) -> list[int]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from perex.capture.axis import Held
+from perex.capture.axis import Axis, Held
+from perex.factors import Aligned, Dense, Factor
 from perex.kernels.products import HALVES, widen
 
 if TYPE_CHECKING:
@@ -170,6 +171,22 @@ class Captured:
     def wants(self, name: str) -> bool:
         """Whether the gradient of parameter `name` is asked for."""
         return name in self.call.slots
+
+
+def own_rows(values: Tensor, axis: Held | None, batch: int, shape: torch.Size) -> Factor:
+    """The gradients of an argument of which each example reads its own rows, or all (`axis` is None).
+
+    Args:
+        values: each example's, as it has the argument when it is alone, `(B, *batch-of-one shape)`.
+        axis: where examples are in the argument.
+        batch: number of examples, B.
+        shape: the argument's shape.
+    """
+    if axis is None:
+        return Dense(values)
+    if isinstance(axis, Axis):
+        return Aligned(values, axis.dim, shape, lambda: axis.unrows(values, batch))
+    return Dense(axis.unrows(values, batch))
 
 
 def without_graph(tensor: Tensor) -> Tensor:

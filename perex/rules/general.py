@@ -18,7 +18,7 @@ from torch import Tensor
 from perex.capture.carry import tensors_in
 from perex.factors import Dense, Factor
 from perex.kernels.products import widen
-from perex.rules.call import Captured, unpack
+from perex.rules.call import Captured, own_rows, unpack
 from perex.rules.registry import Rule
 
 
@@ -76,8 +76,7 @@ def general(captured: Captured) -> dict[Any, Factor]:
         found = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
     factors: dict[Any, Factor] = {}
     for index, values in zip(wanted, found, strict=True):
-        axis = call.rows.get(index)
-        factors[index] = Dense(values if axis is None else axis.unrows(values, batch))
+        factors[index] = own_rows(values, call.rows.get(index), batch, call.shapes[index])
     return factors
 
 

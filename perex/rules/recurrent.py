@@ -24,7 +24,7 @@ from perex.kernels import recurrence
 from perex.kernels.large import multiplied
 from perex.kernels.products import widen
 from perex.kernels.recurrence import Cell, Trace, Weights
-from perex.rules.call import Call, Captured, Ref, unpack
+from perex.rules.call import Call, Captured, Ref, own_rows, unpack
 from perex.rules.linear import positions
 from perex.rules.registry import Rule
 
@@ -163,9 +163,9 @@ def recurrent(captured: Captured) -> dict[Any, Factor]:
         given = [call.args[0], *refs_of(call.args[2 if own.layout == "packed" else 1])]  # input and first states
         for ref, grad in zip(given, read, strict=True):
             if ref.number in call.slots:
-                axis, grad = call.rows.get(ref.number), grad.reshape(call.shapes[ref.number])
-                each = grad.unsqueeze(0) if axis is None else axis.unrows(axis.rows(grad, batch), batch)
-                factors[ref.number] = Dense(each)
+                axis, shape = call.rows.get(ref.number), call.shapes[ref.number]
+                rows = grad.reshape(1, *shape) if axis is None else axis.rows(grad.reshape(shape), batch)
+                factors[ref.number] = own_rows(rows, axis, batch, shape)
     return factors
 
 
