@@ -35,7 +35,12 @@ SPREADS: dict[str, tuple[Make, str]] = {
     "contiguous": (lambda q, x: q.expand(len(x), -1, -1).contiguous(), "12D"),
     "unsqueezed": (lambda q, x: q[None].expand(len(x), -1, -1).clone(), "2D"),
     "viewed": (lambda q, x: q.view(1, 2, 3).repeat(len(x), 1, 1), "6"),
-    "cast": (lambda q, x: q.to(torch.complex128).expand(len(x), -1, -1).real, "12D"),
+    "looked up": (lambda q, x: F.embedding(torch.tensor([1, 3]).expand(len(x), -1), q), "5D"),
+    "looked up, time first": (
+        lambda q, x: F.embedding(torch.tensor([[1], [1]]).expand(-1, len(x)), q).transpose(0, 1),
+        "5D",
+    ),
+    "padded": (lambda q, x: F.embedding(torch.tensor([1, 3]).expand(len(x), -1), q, padding_idx=3), "5D"),
     "repeat_interleave": (lambda q, x: q.repeat_interleave(len(x), 0), "12D"),
     "scaled": (lambda q, x: (2 * q).expand(len(x), -1, -1), "12D"),
     "and scaled": (lambda q, x: q.expand(len(x), -1, -1) * 2, "12D"),
@@ -104,3 +109,100 @@ def test_memory_does_not_grow_with_the_square_of_the_batch(spread):
         for _ in range(2):
             step()
         assert peak(step) < 16 * x.nbytes  # all examples' gradients of all rows would take 64 of them
+
+
+class Attends(nn.Module):
+    """Queries go through layers of their own, as in a Perceiver, a detector or an attention pool."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.queries = how, nn.Parameter(torch.randn(1, 2, D))
+        self.table = nn.Embedding(5, D)
+        self.norm, self.layer = nn.LayerNorm(D), nn.Linear(D, D)
+        self.attention = nn.MultiheadAttention(D, 1, batch_first=True)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.queries.repeat(len(x), 1, 1) if "repeat" in self.how else self.queries.expand(len(x), -1, -1)
+        if "table" in self.how:
+            q = q + self.table(torch.arange(2).expand(len(x), -1))
+        if "norm" in self.how:
+            q = self.norm(q)
+        if "layer" in self.how:
+            q = self.layer(q).relu() + q
+        if "self" in self.how:
+            q = q + self.attention(q, q, q)[0]
+        if "split" in self.how:
+            q = torch.cat(q.chunk(2, 1)[::-1], 1)
+        if "first" in self.how:
+            q = q.transpose(0, 1).contiguous().transpose(0, 1)
+        if "in place" in self.how:
+            q = q.clone()
+            q.mul_(2)
+        if "written" in self.how:
+            q = q.clone()
+            before = q + 1
+            q[:, 0] = 0
+            q = q + before
+        if "centred" in self.how:  # over rows that are all the same
+            q = q - 0.5 * q.mean(0)
+        if "sorted" in self.how:
+            q = q.flip(0) + q.cumsum(0)[:1]
+        if "drop" in self.how:
+            q = self.drop(q)
+        if "both" in self.how:  # once for all, and once for each
+            q = q + q[:1].sum()
+        h = self.attention(q, self.layer(x), x)[0]
+        return torch.cat([h, self.layer(q)], 1) if "again" in self.how else h
+
+
+LAYERS = ["norm", "repeat, norm, layer", "layer, self", "table, norm", "layer, split", "repeat, layer, first",
+          "layer, in place", "layer, written", "layer, both", "norm, layer, again", "table, self, again",
+          "self, both, again", "layer, centred", "layer, sorted", "norm, centred, layer, again"]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("how", LAYERS)
+def test_layers_of_their_own(how, batch):
+    check(scramble(Attends(how)), (torch.randn(batch, T, D),))
+
+
+def test_dropout_on_queries():
+    """Its masks are drawn once: norms are those of the masks that the output has."""
+    model, x = scramble(Attends("layer, drop")).double().train(), torch.randn(3, T, D, dtype=torch.float64)
+    expected = []
+    for b in range(3):
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(model(x)[b].sum(), list(model.parameters()), allow_unused=True)
+        expected.append(sum(g.square().sum() for g in grads if g is not None).sqrt())
+    with perex.attach(model, audit=False, loss_reduction="sum") as px:
+        torch.manual_seed(1)
+        model(x).sum().backward()
+    torch.testing.assert_close(px.norms(), torch.stack(expected))
+
+
+def test_layers_on_queries_are_tapped():
+    model = Attends("norm, layer")
+    with perex.attach(model, audit=False) as px:
+        px.backward(model(torch.randn(3, T, D)).sum((1, 2)))
+    ways = {way for row in px.report().rows for way in row.ways}
+    assert "pulled back" not in ways
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_rows_that_are_not_the_examples(batch):
+    """As many as there are examples, along time, heads, or both."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        size = x.shape[1]  # positions
+        along = m.layer(m.p.expand(size, -1))  # (T, D)
+        heads = m.layer(m.p.expand(size, 2, -1)).mean(0)  # (2, D)
+        table = m.layer(m.p.expand(size, size, -1)).sum(-1)  # (T, T)
+        rows = m.layer(m.p.expand(len(x), size, -1))  # (B, T, D): these are
+        h = x * m.a + along + along[:1]
+        h = h + (h @ h.mT + table).softmax(-1) @ h
+        return h + rows + heads.sum(0)
+
+    model = Bare(forward, {"D": D}, p="D", a="D")
+    model.layer = nn.Linear(D, D)
+    check(scramble(model), (torch.randn(batch, batch, D),))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ def of_parameters(source: Source, factor: Factor) -> Iterator[tuple[Entry, Facto
         place = place_of_row(source, factor.dim)
         if place is not None:
             yield source.entries[0], Part(factor.row, place)
+            return
+        rows = looked_up(source, Dense(factor.values), factor.own)
+        if rows is not None:
+            yield source.entries[0], rows
             return
         factor = factor.whole
     place = place_of(source)
@@ -130,8 +134,14 @@ RESHAPES = frozenset(f"{name}Backward0" for name in "Alias ReshapeAlias Squeeze 
 """Likewise, of those that show all elements in their order."""
 
 
-def looked_up(shared: Shared, factor: Factor) -> Rows | None:
-    """The gradients of a table of which a derived tensor is rows in some order, as position embeddings are."""
+def looked_up(shared: Shared, factor: Factor, own: Callable[[Tensor], Tensor] | None = None) -> Rows | None:
+    """The gradients of a table of which a derived tensor is rows in some order, as position embeddings are.
+
+    Args:
+        shared: the derived tensor.
+        factor: its gradients, or those of each example's own rows.
+        own: then, what brings a tensor of its shape to `(B, *batch-of-one shape)`.
+    """
     if len(shared.entries) != 1 or not isinstance(factor, Dense) or not shared.tensor.is_contiguous():
         return None
     node: Any = shared.tensor.grad_fn
@@ -146,7 +156,12 @@ def looked_up(shared: Shared, factor: Factor) -> Rows | None:
     ids, (size, width) = node._saved_indices.reshape(1, -1), stand_in.shape
     if ids.numel() * width != shared.tensor.numel() or shared.tensor._version != shared.version:
         return None
-    ids = ids.expand(factor.batch, -1)
+    if own is None:
+        ids = ids.expand(factor.batch, -1)
+    elif shared.tensor.shape[-1] == width:
+        ids = own(ids.reshape(*shared.tensor.shape[:-1], 1)).reshape(factor.batch, -1)
+    else:
+        return None
     padding = node._saved_padding_idx  # 2**64 - 1 where there is none
     grads = factor.values.reshape(factor.batch, ids.shape[1], width)
     return Rows(ids, keep(ids, grads, padding if padding < size else None, size), shared.entries[0].parameter.shape)

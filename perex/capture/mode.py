@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -48,6 +49,7 @@ from perex.capture.probe import closed_over, watched
 from perex.capture.record import Record, draws
 from perex.capture.refusals import Refusals
 from perex.capture.rewrites import rewritten
+from perex.capture.spread import Spread, origin_of
 from perex.capture.suspects import of_hook, of_user
 from perex.capture.taps import Guard
 from perex.capture.writes import Writes
@@ -110,6 +112,7 @@ class Capture(TorchFunctionMode):
         self.labels = self.doubts.labels = Labels(parameters, key, forward.number, forward.batch, self.doubts.add)
         self.writes = Writes(self)
         self.meeting = Meeting(forward, self.labels, self.refuse, partial(recomputing, forward))
+        self.spread = Spread(self.labels, self.meeting, self.call)
         self.active = True
         self.record: Record | None = None  # of examples to run alone later
         self.opaque: object | None = None  # the running module that a rule of its own covers
@@ -344,16 +347,20 @@ class Capture(TorchFunctionMode):
             if isinstance(held := self.labels.of(args[0]), Shared):
                 self.labels.mark(args[0], Shared(held.tensor, tuple(entries), tuple(entries.values())))
         same = {id(stand_in): tensor for stand_in, tensor in zip(stand_ins, tensors, strict=True)}
+        origin = None if in_place(func) or func is Tensor.__setitem__ else origin_of(self.labels, func, args, kwargs)
+        count = itertools.count()
         names = ", ".join(entry.name for entry in entries)
 
         def guarded(tensor: Tensor) -> Tensor:
+            index = next(count)
             if id(tensor) in same:  # an in-place operator, or one that had nothing to do
                 return same[id(tensor)]
             if not tensor.requires_grad:
                 self.doubts.made([tensor])
                 return tensor
             held: Tensor = Guard.apply(self.forward, names, self.parameters.param_grads, tensor)
-            self.labels.mark(held, Shared(tensor, tuple(entries), tuple(entries.values())))
+            made = None if origin is None else origin._replace(place=index)
+            self.labels.mark(held, Shared(tensor, tuple(entries), tuple(entries.values()), origin=made))
             return held
 
         produced: list[Tensor] = []
@@ -369,7 +376,8 @@ class Capture(TorchFunctionMode):
         if kwargs.get("out") is not None:
             raise self.refuse.unsupported(func, "writes to `out=`: assign its result instead")
         if not in_place(func):
-            return self.meeting.operator(func, args, kwargs)
+            spread = self.spread.arguments(func, args, kwargs)
+            return self.meeting.operator(func, args, kwargs) if spread is None else self.call(func, *spread)
         target = args[0]
         if func is Tensor.copy_:
             written = self.meeting.operator(fill, (target, args[1]), {})
@@ -383,6 +391,11 @@ class Capture(TorchFunctionMode):
         target.copy_(written)
         self.labels.rewrite(target, self.labels.of(written))
         return target
+
+    def call(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an operator as the model does."""
+        with self:
+            return func(*args, **kwargs)
 
     def settle_bags(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Bags given by offsets are the examples, whatever the first input's size had suggested.

@@ -6,7 +6,7 @@ import fnmatch
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from perex.capture.sharding import is_shard
 from perex.capture.taps import Alias, identity
 from perex.errors import AttachError, UnsupportedError
+
+if TYPE_CHECKING:
+    from perex.capture.spread import Origin
 
 Choice = Callable[[str, nn.Parameter], bool]
 Selection = None | str | Iterable[str] | Choice
@@ -81,12 +84,14 @@ class Shared(NamedTuple):
         entries: the tracked parameters it derives from.
         stand_ins: the tensors that were read in place of those, from which `tensor`'s graph starts.
         version: `tensor`'s version when it met examples.
+        origin: how it was made, if it is rows of a parameter, see `perex.capture.spread`.
     """
 
     tensor: Tensor
     entries: tuple[Entry, ...]
     stand_ins: tuple[Tensor, ...]
     version: int = 0
+    origin: Origin | None = None
 
 
 Source = Entry | Shared

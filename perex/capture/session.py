@@ -299,6 +299,7 @@ class Session:
             take_off(self.capture)
             self.capture.opaque = None
             self.capture.inputs = []
+            self.capture.spread.made.clear()
             self.capture.labels.clean()
             if self.capture.forward.recomputed:
                 self.capture = None

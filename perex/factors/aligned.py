@@ -24,13 +24,15 @@ class Aligned(Factor):
         values: each example's own rows, `(B, *shape)` but for dimension `dim`, which has as many as an example has.
         dim: the dimension of the tensor along which the examples' rows lie.
         shape: the tensor's shape.
-        spread: makes `(B, *shape)` of them.
+        own: brings a tensor of that shape to what `values` are.
+        spread: makes `(B, *shape)` of these.
     """
 
     values: Tensor
     dim: int
     shape: torch.Size
-    spread: Callable[[], Tensor]
+    own: Callable[[Tensor], Tensor]
+    spread: Callable[[Tensor], Tensor]
 
     @property
     def batch(self) -> int:  # type: ignore[override]
@@ -40,7 +42,7 @@ class Aligned(Factor):
     @functools.cached_property
     def whole(self) -> Dense:
         """The same, zeros and all."""
-        return Dense(self.spread())
+        return Dense(self.spread(self.values))
 
     @property
     def row(self) -> Dense:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -185,7 +186,7 @@ def own_rows(values: Tensor, axis: Held | None, batch: int, shape: torch.Size) -
     if axis is None:
         return Dense(values)
     if isinstance(axis, Axis):
-        return Aligned(values, axis.dim, shape, lambda: axis.unrows(values, batch))
+        return Aligned(values, axis.dim, shape, partial(axis.rows, batch=batch), partial(axis.unrows, batch=batch))
     return Dense(axis.unrows(values, batch))
 
 

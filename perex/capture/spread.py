@@ -1,0 +1,148 @@
+"""Parameters that every example is given a row of, and what layers make of these before they meet the examples' own.
+
+`queries.expand(B, -1, -1)` derives from a parameter alone, and so does what a layer makes of it. Only where it meets
+examples does it show that row b is read by example b. Pulled back from there, each example's gradient would run through
+the rows of all. So the rows are made again, as the examples' own from the start, and layers in between are tapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from perex.capture.axis import Axis
+from perex.capture.carry import member, tensors_in
+from perex.capture.labels import Labels
+from perex.capture.meeting import Meeting
+from perex.capture.parameters import Shared
+from perex.capture.record import draws
+from perex.errors import PerexError
+from perex.rules.call import pack, unpack
+
+SPREADS = frozenset(member("expand expand_as broadcast_to repeat tile embedding".split(), in_place=False))
+"""Operators that show a row again and again, or rows as numbers say that may be the same for all examples."""
+
+
+class Origin(NamedTuple):
+    """How rows were made of a parameter.
+
+    Attributes:
+        func: the operator whose result they are.
+        args: its arguments.
+        kwargs: those given by name.
+        place: which of its results.
+        versions: those of the tensors among the arguments, then.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    place: int
+    versions: list[int]
+
+
+def origin_of(labels: Labels, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin | None:
+    """The origin of results that derive from parameters alone, if some are given to every example on the way."""
+    if labels.batch == 1 or draws(func, args, kwargs):
+        return None
+    tensors = tensors_in(*args, kwargs)
+    if func not in SPREADS and not any(known(labels, tensor) for tensor in tensors):
+        return None
+    return Origin(func, args, kwargs, 0, [tensor._version for tensor in tensors])
+
+
+def known(labels: Labels, tensor: Tensor) -> Origin | None:
+    """The origin of a tensor, if it is rows of a parameter."""
+    mark = labels.of(tensor)
+    return mark.origin if isinstance(mark, Shared) else None
+
+
+class Spread:
+    """Makes rows of parameters again, as the examples' own.
+
+    Args:
+        labels: what is known of the forward's tensors.
+        meeting: puts taps behind them.
+        run: calls an operator as the model does.
+    """
+
+    def __init__(self, labels: Labels, meeting: Meeting, run: Callable[..., Any]) -> None:
+        self.labels = labels
+        self.meeting = meeting
+        self.run = run
+        self.made: dict[tuple[int, Axis], tuple[Tensor, Tensor | None]] = {}  # with what they were made for
+
+    def arguments(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """The arguments of an operator on parameters and examples, with rows that are the examples' made again.
+
+        Returns:
+            Arguments, and those given by name; None where there are no such rows.
+        """
+        tensors: list[Tensor] = []
+        template = pack((args, kwargs), tensors)
+        rows = [k for k, tensor in enumerate(tensors) if known(self.labels, tensor)]
+        if not rows or draws(func, args, kwargs):
+            return None
+        with torch.no_grad():
+            out = func(*args, **kwargs)
+        axes = self.labels.of_results(func, args, kwargs, out, tensors_in(out))
+        if not all(isinstance(axis, Axis) for axis in axes):
+            return None
+        changed = False
+        for k in rows:
+            axis = self.meeting.aligned_rows(tensors[k], func, args, kwargs, out, axes)
+            made = None if axis is None else self.as_examples(tensors[k], axis)
+            tensors[k], changed = (tensors[k], changed) if made is None else (made, True)
+        return unpack(template, tensors) if changed else None
+
+    def as_examples(self, tensor: Tensor, axis: Axis) -> Tensor | None:
+        """Rows of parameters, made again so that they have this axis; None where that cannot be done."""
+        for trial in self.trials(tensor, axis):
+            try:
+                made = self.again(tensor, trial)
+            except PerexError:  # what is the same for all examples may be mixed as these may not
+                continue
+            if made is not None and self.labels.held(made) == axis:
+                return made
+        return None
+
+    def trials(self, tensor: Tensor, axis: Axis) -> list[Axis]:
+        """Where the examples may be in what a parameter was spread to first."""
+        origin = known(self.labels, tensor)
+        while origin is not None and (before := next(filter(self.is_made, tensors_in(*origin.args)), None)) is not None:
+            tensor, origin = before, known(self.labels, before)
+        return [axis.moved(dim) for dim, size in enumerate(tensor.shape) if size == axis.size(self.labels.batch)]
+
+    def is_made(self, tensor: Tensor) -> bool:
+        """Whether a tensor is rows of a parameter."""
+        return known(self.labels, tensor) is not None
+
+    def again(self, tensor: Tensor, axis: Axis) -> Tensor | None:
+        """Make rows again, once, from where the parameter was spread to rows with this axis."""
+        key = id(tensor), axis
+        if key not in self.made:
+            self.made[key] = tensor, self.rows(tensor, axis)
+        return self.made[key][1]
+
+    def rows(self, tensor: Tensor, axis: Axis) -> Tensor | None:
+        """The same, anew; what is no rows of a parameter as it is, and None for what has changed since."""
+        origin = known(self.labels, tensor)
+        if origin is None:
+            return tensor
+        tensors: list[Tensor] = []
+        template = pack((origin.args, origin.kwargs), tensors)
+        if [given._version for given in tensors] != origin.versions:
+            return None
+        if not any(map(self.is_made, tensors)):
+            fits = axis.dim < tensor.dim() and tensor.size(axis.dim) == axis.size(self.labels.batch)
+            found: Tensor | None = self.meeting.returned(tensor, axis) if fits else None
+        else:
+            parts = [self.again(given, axis) for given in tensors]
+            if any(part is None for part in parts):
+                return None
+            args, kwargs = unpack(template, parts)
+            found = tensors_in(self.run(origin.func, args, kwargs))[origin.place]
+        return found
