@@ -160,7 +160,7 @@ def test_cells(kind, start, bias):
     with perex.attach(model) as px:
         px.backward(model(x).flatten(1).sum(1))
     assert rules(px) == {"recurrent"}
-    check(model, (x,))
+    check(model, (x,), bits=start == "zeros")  # the first step is run again when its state meets examples
 
 
 @pytest.mark.parametrize("kind", LAYERS)

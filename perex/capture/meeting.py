@@ -20,7 +20,6 @@ from perex.capture.parameters import Source
 from perex.capture.refusals import Refusals
 from perex.capture.substitutes import run
 from perex.capture.taps import Poison, Tap
-from perex.rules.broadcast import returned
 from perex.rules.call import Call, Ref, pack, unpack
 from perex.rules.general import GENERAL
 from perex.rules.recurrent import CELLS, RECURRENT
@@ -156,13 +155,13 @@ class Meeting:
             self.labels.mark(tensor, label)
         return type(out)(results) if template is out else unpack(template, results)
 
-    def returned(self, tensor: Tensor, axis: Held) -> Tensor:
-        """Tap an output of the model that derives from parameters alone, as one whose rows are the examples'."""
-        source, rule = self.labels.source(tensor), OPERATORS[returned]
+    def rows(self, tensor: Tensor, axis: Held, func: Callable[[Tensor], Tensor]) -> Tensor:
+        """Tap a tensor that derives from parameters alone as one whose rows are the examples'; `func` says why."""
+        source, rule = self.labels.source(tensor), OPERATORS[func]
         assert source is not None
-        call = self.record(returned, rule, (Ref(0),), {}, [tensor], {"value": source}, [axis])
+        call = self.record(func, rule, (Ref(0),), {}, [tensor], {"value": source}, [axis])
         value = self.labels.stand_in(tensor)
-        value = returned(value if self.labels.parameters.param_grads else value.detach())
+        value = func(value if self.labels.parameters.param_grads else value.detach())
         tapped: Tensor = self.tap(call, value, [])
         return tapped
 

@@ -16,6 +16,7 @@ from perex.capture.nest import map_tensors, tensors_of
 from perex.capture.parameters import Parameters, Shared
 from perex.capture.sharding import EXIT, Exit
 from perex.errors import UnsupportedError
+from perex.rules.broadcast import returned
 
 
 class Output(NamedTuple):
@@ -84,7 +85,7 @@ class Outputs:
                 "whether each example's loss reads its own row only, `px.backward(losses)` can tell"
             )
             with torch._C.DisableTorchFunction():
-                return capture.meeting.returned(tensor, Axis(self.batch_dim))
+                return capture.meeting.rows(tensor, Axis(self.batch_dim), returned)
 
         return map_tensors(tapped, out)
 

@@ -20,6 +20,7 @@ from perex.capture.meeting import Meeting
 from perex.capture.parameters import Shared
 from perex.capture.record import draws
 from perex.errors import PerexError
+from perex.rules.broadcast import spread
 from perex.rules.call import pack, unpack
 
 SPREADS = frozenset(member("expand expand_as broadcast_to repeat tile embedding".split(), in_place=False))
@@ -138,7 +139,7 @@ class Spread:
             return None
         if not any(map(self.is_made, tensors)):
             fits = axis.dim < tensor.dim() and tensor.size(axis.dim) == axis.size(self.labels.batch)
-            found: Tensor | None = self.meeting.returned(tensor, axis) if fits else None
+            found: Tensor | None = self.meeting.rows(tensor, axis, spread) if fits else None
         else:
             parts = [self.again(given, axis) for given in tensors]
             if any(part is None for part in parts):

@@ -71,3 +71,14 @@ def returned(value: Tensor) -> Tensor:
 def given_out(captured: Captured) -> dict[str, Factor]:
     """What a model returns of parameters alone."""
     return {"value": summed(captured, "value", 1)}
+
+
+def spread(value: Tensor) -> Tensor:
+    """What every example is given of parameters, a row or more each."""
+    return value.view_as(value)
+
+
+@operator_rule(spread, arguments="value", parameters="value")
+def row(captured: Captured) -> dict[str, Factor]:
+    """A parameter that was expanded or repeated to the batch: an example's own rows."""
+    return {"value": summed(captured, "value", 1)}
