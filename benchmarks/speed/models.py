@@ -161,6 +161,30 @@ def gpt(layers: int, d: int, vocabulary: int, length: int, batch: int) -> Case:
     return Case(name, lambda: GPT(layers, d, vocabulary, length), batch, text(vocabulary, length), next_tokens)
 
 
+class Recurrent(nn.Module):
+    """An LSTM on token embeddings, and a linear layer on its last output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.lstm, self.head = (
+            nn.Embedding(2000, 128),
+            nn.LSTM(128, 256, batch_first=True),
+            nn.Linear(256, 10),
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.lstm(self.tokens(ids))[0][:, -1])
+
+
+def lstm(length: int = 40, batch: int = 32) -> Case:
+    """`Recurrent`."""
+
+    def inputs(batch: int) -> tuple[Tensor, Tensor]:
+        return torch.randint(2000, (batch, length)), torch.randint(10, (batch,))
+
+    return Case(f"LSTM 128-256 T={length} ({batch})", Recurrent, batch, inputs, classes)
+
+
 def tiny() -> list[Case]:
     """Two whose steps are shorter than Python is fast."""
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from models import TABLE, Case, cnn, gpt, mlp, tiny
+from models import TABLE, Case, cnn, gpt, lstm, mlp, tiny
 from private import PRIVATE, clipped
 from torch import Tensor, nn
 from ways import SLOW, WAYS, Step, Unsupported, exact
@@ -62,7 +62,7 @@ def sweeps() -> list[Case]:
     """Over the batch, the length of a sequence, and the width; and steps that are very short."""
     batches = [mlp(batch=batch) for batch in (16, 64, 1024)] + [cnn(batch) for batch in (8, 256)]
     lengths = [gpt(2, 256, 2000, length, 1024 // length) for length in (16, 32, 128, 256)]
-    return [*batches, *lengths, *(mlp(width) for width in (256, 512, 2048)), *tiny()]
+    return [*batches, *lengths, *(mlp(width) for width in (256, 512, 2048)), lstm(), *tiny()]
 
 
 def set_up(suite: Suite, case: Case, way: str, device: str, dtype: torch.dtype) -> Step:
