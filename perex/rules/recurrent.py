@@ -151,7 +151,8 @@ def recurrent(captured: Captured) -> dict[Any, Factor]:
     own = Recurrence.of(call, {index: widen(tensor) for index, tensor in captured.tensors.items()})
     factors: dict[Any, Factor] = {}
     grads = captured.grads if call.func not in STEPS else [None, *captured.grads]
-    for read in through_time(own, grads):
+    given = [call.args[0], *refs_of(call.args[2 if own.layout == "packed" else 1])]  # input and first states
+    for read in through_time(own, grads, to_input=given[0].number in call.slots):
         if isinstance(read, Read):
             deltas = own.by_example(read.deltas, call.out_axes[0], batch)
             if read.weight in call.slots:
@@ -160,9 +161,8 @@ def recurrent(captured: Captured) -> dict[Any, Factor]:
             if read.bias in call.slots:
                 factors[read.bias] = Dense(deltas.sum(1))
             continue
-        given = [call.args[0], *refs_of(call.args[2 if own.layout == "packed" else 1])]  # input and first states
         for ref, grad in zip(given, read, strict=True):
-            if ref.number in call.slots:
+            if grad is not None and ref.number in call.slots:
                 axis, shape = call.rows.get(ref.number), call.shapes[ref.number]
                 rows = grad.reshape(1, *shape) if axis is None else axis.rows(grad.reshape(shape), batch)
                 factors[ref.number] = own_rows(rows, axis, batch, shape)
@@ -174,8 +174,16 @@ def refs_of(states: Any) -> list[Any]:
     return [states] if isinstance(states, Ref) else list(states)
 
 
-def through_time(own: Recurrence, grads: Sequence[Tensor | None]) -> Iterator[Read | list[Tensor]]:
-    """What all weights read, from the last layer to the first; then the gradients of the input and of first states."""
+def through_time(
+    own: Recurrence, grads: Sequence[Tensor | None], to_input: bool
+) -> Iterator[Read | list[Tensor | None]]:
+    """What all weights read, from the last layer to the first; then the gradients of the input and of first states.
+
+    Args:
+        own: the call.
+        grads: those of its outputs: rows, and last states.
+        to_input: whether the input's gradient is wanted, too.
+    """
     layers: list[tuple[Tensor, list[Trace]]] = []
     x = own.x
     for k in range(0, len(own.weights), own.directions):
@@ -207,13 +215,13 @@ def through_time(own: Recurrence, grads: Sequence[Tensor | None]) -> Iterator[Re
                 yield Read(numbers["hr"], None, trace.hidden, outs)
             for state, start in zip(first, starts, strict=True):
                 state[j] = start
-            down = multiplied(given, weights.ih)
-            below = down if below is None else below.add_(down)
-        assert below is not None
-        grad = below
+            if layers or to_input:
+                down = multiplied(given, weights.ih)
+                below = down if below is None else below.add_(down)
+        grad = grad if below is None else below
     if own.layout == "batch first":
         grad = grad.unflatten(0, (len(own.sizes), -1)).transpose(0, 1)
-    yield [grad, *first]
+    yield [grad if to_input else None, *first]
 
 
 RECURRENT = Rule("recurrent", (), frozenset(), {}, recurrent)
