@@ -47,8 +47,8 @@ def attach(
             of the CPU's libraries is faster. With True they are the same to the bit. So is `.grad`, but for large
             weights whose gradient comes out of the same product as its norm, or of a faster one than autograd's; for
             parameters that several layers read before they meet examples, as queries are, which may be added up in
-            another order; and under autocast for those that are used several times: autocast adds their gradients up in half precision,
-            and perex in float32.)
+            another order; and under autocast for those that are used several times: autocast adds their gradients up
+            in half precision, and perex in float32.)
         forwards: what several forwards before one backward hold: the `"same"` examples, as the two sides of
             a siamese network, or `"further"` ones. None refuses what it cannot know.
         audit: whether `px.backward(losses)` checks the first batch, and each whose inputs have new shapes, for
