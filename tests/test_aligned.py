@@ -119,7 +119,7 @@ class Attends(nn.Module):
         self.how, self.queries = how, nn.Parameter(torch.randn(1, 2, D))
         self.table = nn.Embedding(5, D)
         self.norm, self.layer = nn.LayerNorm(D), nn.Linear(D, D)
-        self.attention = nn.MultiheadAttention(D, 1, batch_first=True)
+        self.attention = nn.MultiheadAttention(D, 3, batch_first=True)
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,13 +152,15 @@ class Attends(nn.Module):
             q = self.drop(q)
         if "both" in self.how:  # once for all, and once for each
             q = q + q[:1].sum()
-        h = self.attention(q, self.layer(x), x)[0]
+        h = self.attention(q, self.layer(x), x, need_weights="heads" in self.how)[0]
         return torch.cat([h, self.layer(q)], 1) if "again" in self.how else h
 
 
-LAYERS = ["norm", "repeat, norm, layer", "layer, self", "table, norm", "layer, split", "repeat, layer, first",
-          "layer, in place", "layer, written", "layer, both", "norm, layer, again", "table, self, again",
-          "self, both, again", "layer, centred", "layer, sorted", "norm, centred, layer, again"]  # fmt: skip
+LAYERS = [
+    "norm", "repeat, norm, layer", "layer, self", "table, norm", "layer, split", "repeat, layer, first", "layer, in place",
+    "layer, written", "layer, both", "norm, layer, again", "table, self, again", "self, both, again", "heads",
+    "repeat, norm, heads, again", "layer, centred", "layer, sorted", "norm, centred, layer, again",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])

@@ -115,7 +115,13 @@ class Spread:
         origin = known(self.labels, tensor)
         while origin is not None and (before := next(filter(self.is_made, tensors_in(*origin.args)), None)) is not None:
             tensor, origin = before, known(self.labels, before)
-        return [axis.moved(dim) for dim, size in enumerate(tensor.shape) if size == axis.size(self.labels.batch)]
+        kinds = dict.fromkeys((Axis(0), axis))  # perhaps folded with heads since
+        return [
+            kind.moved(dim)
+            for kind in kinds
+            for dim, size in enumerate(tensor.shape)
+            if size == kind.size(self.labels.batch)
+        ]
 
     def is_made(self, tensor: Tensor) -> bool:
         """Whether a tensor is rows of a parameter."""
