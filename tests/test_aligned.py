@@ -157,9 +157,10 @@ class Attends(nn.Module):
 
 
 LAYERS = [
-    "norm", "repeat, norm, layer", "layer, self", "table, norm", "layer, split", "repeat, layer, first", "layer, in place",
-    "layer, written", "layer, both", "norm, layer, again", "table, self, again", "self, both, again", "heads",
-    "repeat, norm, heads, again", "layer, centred", "layer, sorted", "norm, centred, layer, again",
+    "norm", "repeat, norm, layer", "layer, self", "table, norm", "layer, split", "repeat, layer, first",
+    "layer, in place", "layer, written", "layer, both", "norm, layer, again", "table, self, again",
+    "self, both, again", "heads", "repeat, norm, heads, again", "layer, centred", "layer, sorted",
+    "norm, centred, layer, again",
 ]  # fmt: skip
 
 
