@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import oracle
 import pytest
 import torch
-from oracle import Bare, check, scramble
+from oracle import WAYS, Bare, scramble
 from test_cost_guards import peak
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import perex
 
@@ -57,6 +59,48 @@ MEETS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "written": lambda m, q, x: x.index_copy(1, torch.tensor([1, 3]), q),
     "multiplied": lambda m, q, x: q * x[:, 1:3],
 }
+
+
+def check(model: nn.Module, inputs: tuple[Tensor], **options: Any) -> None:
+    """As the oracle does, with first batches; and unaudited, when rows are made again."""
+    oracle.check(model, inputs, **options)
+    model, (x,) = model.double(), inputs
+    x = x.double()
+    expected: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    for b in range(len(x)):
+        grads = torch.autograd.grad(
+            losses(model(x[b : b + 1])).sum(), list(model.parameters()), allow_unused=True, materialize_grads=True
+        )
+        for found, grad in zip(expected.values(), grads, strict=True):
+            found.append(grad)
+    out = model(x)
+    for param_grads in (True, False):
+        with perex.attach(model, audit=False, loss_reduction="sum", param_grads=param_grads, memory="high") as px:
+            for _ in range(3):
+                model.zero_grad()
+                again = model(x)
+                losses(again).sum().backward()
+                torch.testing.assert_close(again, out, rtol=1e-12, atol=1e-12)
+                norms = px.norms(by="parameter")
+                for name, parameter in model.named_parameters():
+                    each = torch.stack(expected[name])
+                    found = norms.get(name, torch.zeros(len(x), dtype=x.dtype))
+                    torch.testing.assert_close(found, each.flatten(1).norm(dim=1), rtol=1e-9, atol=1e-12)
+                    if param_grads and parameter.grad is not None:
+                        torch.testing.assert_close(parameter.grad, each.sum(0), rtol=1e-9, atol=1e-10)
+            model.zero_grad()
+            px.clip_(0.5)
+            total = torch.stack([torch.stack(each).flatten(1).square().sum(1) for each in expected.values()]).sum(0)
+            weights = 0.5 / total.sqrt().clamp(min=0.5)
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    clipped = torch.tensordot(weights, torch.stack(expected[name]), 1)
+                    torch.testing.assert_close(parameter.grad, clipped, rtol=1e-9, atol=1e-10)
+
+
+def losses(out: Tensor) -> Tensor:
+    scale = torch.arange(1, out[0].numel() + 1, dtype=out.dtype).sin()
+    return (out.sin().flatten(1) * scale).sum(1)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
@@ -139,6 +183,12 @@ class Attends(nn.Module):
         if "in place" in self.how:
             q = q.clone()
             q.mul_(2)
+        if "relu" in self.how:
+            q = F.relu(q, inplace=True)
+        if "rows changed" in self.how:
+            q[:, 0].mul_(2)
+        if "data" in self.how:
+            q.data.mul_(2)
         if "written" in self.how:
             q = q.clone()
             before = q + 1
@@ -159,6 +209,7 @@ class Attends(nn.Module):
 LAYERS = [
     "norm", "repeat, norm, layer", "layer, self", "table, norm", "layer, split", "repeat, layer, first",
     "layer, in place", "layer, written", "layer, both", "norm, layer, again", "table, self, again",
+    "layer, relu", "repeat, relu", "repeat, layer, rows changed", "layer, data", "repeat, norm, relu, again",
     "self, both, again", "heads", "repeat, norm, heads, again", "layer, centred", "layer, sorted",
     "norm, centred, layer, again",
 ]  # fmt: skip
@@ -209,3 +260,57 @@ def test_rows_that_are_not_the_examples(batch):
     model = Bare(forward, {"D": D}, p="D", a="D")
     model.layer = nn.Linear(D, D)
     check(scramble(model), (torch.randn(batch, batch, D),))
+
+
+@pytest.mark.parametrize("how", ["repeat, relu", "layer, relu", "repeat, norm, relu"])
+def test_slopes_at_zero(how):
+    """Changing zeros in place leaves them what they were, and their gradients not."""
+    model = Attends(how)
+    with torch.no_grad():
+        for parameter in (model.queries, model.norm.weight, model.norm.bias, *model.layer.parameters()):
+            parameter.zero_()
+    check(model, (torch.randn(3, T, D),))
+
+
+def test_an_array_that_is_changed():
+    def forward(m: Any, x: Tensor) -> Tensor:
+        shift = torch.zeros(3, T, D, dtype=x.dtype)[: len(x)]
+        rows = m.layer(m.q.expand(len(x), T, D) + shift)
+        shift.numpy()[:] = 1
+        chosen = [0, 1]
+        rows = rows[:, chosen]
+        chosen[0] = 2
+        return torch.cat([rows, x * m.a], 1)
+
+    model = Bare(forward, {"D": D}, q="D", a="D")
+    model.layer = nn.Linear(D, D)
+    check(scramble(model), (torch.randn(3, T, D),))
+
+
+@pytest.mark.parametrize("positions", [2, 4])
+def test_a_layer_on_queries_and_then_on_examples(positions):
+    model = Bare(lambda m, x: torch.cat([m.layer(m.q.expand(len(x), -1, -1)), m.layer(x)], 1), {"D": D}, q="12D")
+    model.layer = nn.Linear(D, D)
+    check(scramble(model), (torch.randn(3, positions, D),))
+
+
+def test_constants_of_inference_mode():
+    with torch.inference_mode():
+        shift = torch.ones(D, dtype=torch.float64)
+    model = Bare(
+        lambda m, x: torch.cat([m.layer(m.q.expand(len(x), -1, -1) + shift), x * m.a], 1), {"D": D}, q="12D", a="D"
+    )
+    model.layer = nn.Linear(D, D)
+    check(scramble(model), (torch.randn(3, T, D),))
+
+
+@pytest.mark.parametrize("param_grads", [True, False])
+@pytest.mark.parametrize("batch", [2, 3])
+def test_queries_in_a_checkpoint(param_grads, batch):
+    def forward(m: Any, x: Tensor) -> Tensor:
+        body = lambda y: torch.cat([m.layer(m.q.expand(len(y), -1, -1)), y], 1)  # noqa: E731
+        return checkpoint(body, x * m.a, use_reentrant=False)
+
+    model = Bare(forward, {"D": D}, q="12D", a="D")
+    model.layer = nn.Linear(D, D)
+    check(scramble(model), (torch.randn(batch, T, D),), ways=[way for way in WAYS if way.param_grads == param_grads])

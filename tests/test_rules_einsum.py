@@ -107,6 +107,14 @@ def test_rows_folded_into_the_batch_and_a_weight_that_is_derived():
     check(scramble(Bare(forward, {"D": 3}, a="D", w="5D", v="25")), (torch.randn(3, 4, 3),))
 
 
+@pytest.mark.parametrize("equation", ["btc,cn->btn", "btc,nc->bnt"])
+@pytest.mark.parametrize("empty", "tcn")
+def test_nothing_to_sum(equation, empty, monkeypatch):
+    monkeypatch.setitem(SIZES, empty, 0)
+    weight = equation[4:6]
+    check(Summed(equation, weight, False), (torch.randn([SIZES[letter] for letter in "btc"]),))
+
+
 def test_under_autocast_it_reads_what_the_operator_reads():
     model = Summed("btc,cn->btn", "cn", False)
     x = torch.randn(3, 2, 3)

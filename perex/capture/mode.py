@@ -359,7 +359,7 @@ class Capture(TorchFunctionMode):
                 self.doubts.made([tensor])
                 return tensor
             held: Tensor = Guard.apply(self.forward, names, self.parameters.param_grads, tensor)
-            made = None if origin is None else origin._replace(place=index)
+            made = None if origin is None else origin._replace(place=index, version=held._version)
             self.labels.mark(held, Shared(tensor, tuple(entries), tuple(entries.values()), origin=made))
             return held
 

@@ -7,7 +7,7 @@ the rows of all. So the rows are made again, as the examples' own from the start
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from perex.capture.axis import Axis
 from perex.capture.carry import member, tensors_in
+from perex.capture.checkpoint import sparing
 from perex.capture.labels import Labels
 from perex.capture.meeting import Meeting
 from perex.capture.parameters import Shared
@@ -36,6 +37,7 @@ class Origin(NamedTuple):
         kwargs: those given by name.
         place: which of its results.
         versions: those of the tensors among the arguments, then.
+        version: that of the result, when it was made.
     """
 
     func: Callable[..., Any]
@@ -43,16 +45,24 @@ class Origin(NamedTuple):
     kwargs: dict[str, Any]
     place: int
     versions: list[int]
+    version: int = 0
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """What tells whether tensors have been changed in place."""
+    return [tensor._version for tensor in tensors]
 
 
 def origin_of(labels: Labels, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin | None:
     """The origin of results that derive from parameters alone, if some are given to every example on the way."""
-    if labels.batch == 1 or draws(func, args, kwargs):
+    if labels.batch == 1 or sparing() or draws(func, args, kwargs):
         return None
     tensors = tensors_in(*args, kwargs)
     if func not in SPREADS and not any(known(labels, tensor) for tensor in tensors):
         return None
-    return Origin(func, args, kwargs, 0, [tensor._version for tensor in tensors])
+    if any(tensor.is_inference() for tensor in tensors):  # these do not tell
+        return None
+    return Origin(func, args, kwargs, 0, versions_of(tensors))
 
 
 def known(labels: Labels, tensor: Tensor) -> Origin | None:
@@ -85,7 +95,10 @@ class Spread:
         tensors: list[Tensor] = []
         template = pack((args, kwargs), tensors)
         rows = [k for k, tensor in enumerate(tensors) if known(self.labels, tensor)]
-        if not rows or draws(func, args, kwargs):
+        forward = self.meeting.forward
+        if not rows or forward.record is not None or forward.recomputed or sparing() or draws(func, args, kwargs):
+            return None  # examples alone, and recomputations, have to find the same taps
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None
         with torch.no_grad():
             out = func(*args, **kwargs)
@@ -106,7 +119,7 @@ class Spread:
                 made = self.again(tensor, trial)
             except PerexError:  # what is the same for all examples may be mixed as these may not
                 continue
-            if made is not None and self.labels.held(made) == axis:
+            if made is not None and self.labels.held(made) == axis and alike(made, tensor):
                 return made
         return None
 
@@ -141,7 +154,7 @@ class Spread:
             return tensor
         tensors: list[Tensor] = []
         template = pack((origin.args, origin.kwargs), tensors)
-        if [given._version for given in tensors] != origin.versions:
+        if versions_of(tensors) != origin.versions or tensor._version != origin.version:
             return None
         if not any(map(self.is_made, tensors)):
             fits = axis.dim < tensor.dim() and tensor.size(axis.dim) == axis.size(self.labels.batch)
@@ -153,3 +166,16 @@ class Spread:
             args, kwargs = unpack(template, parts)
             found = tensors_in(self.run(origin.func, args, kwargs))[origin.place]
         return found
+
+
+def alike(made: Tensor, tensor: Tensor) -> bool:
+    """Whether rows that were made again are what they were, to rounding: else something was changed in place since.
+
+    Versions tell most of that, but not what was done to `tensor.data`, a list among the arguments or an array.
+    """
+    one, other = made.detach(), tensor.detach()
+    if one.shape != other.shape or one.dtype != other.dtype or not one.is_floating_point():
+        return one.shape == other.shape and bool(torch.equal(one, other))
+    largest = other.abs().amax() if other.numel() else 0.0
+    near = (one - other).abs() <= torch.finfo(one.dtype).eps ** 0.5 * largest
+    return bool((near | (one == other) | one.isnan() & other.isnan()).all())

@@ -105,5 +105,5 @@ def by_letters(rows: Tensor, letters: str, last: str) -> Tensor:
     """`(B, *letters)` as `(B, T, n)`: `last` are the letters of n, and all others, in alphabetical order, are of T."""
     order = [*sorted(set(letters) - set(last)), *last]
     found = rows.permute(0, *(1 + letters.index(letter) for letter in order))
-    size = math.prod(found.shape[len(order) - len(last) + 1 :])
-    return found.reshape(rows.shape[0], -1, size) if found.numel() else found.new_zeros(rows.shape[0], 0, size)
+    middle = len(order) - len(last) + 1
+    return found.reshape(rows.shape[0], math.prod(found.shape[1:middle]), math.prod(found.shape[middle:]))
