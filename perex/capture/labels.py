@@ -162,13 +162,20 @@ class Labels:
         return placed(dim, owners, self.batch)
 
     def clean(self) -> None:
-        """Take the labels off all tensors that are still alive."""
+        """Take the labels off all tensors that are still alive, but for what derives from parameters: see `kept`."""
         for ref in self.marked:
             tensor = ref()
-            if tensor is not None:
+            if tensor is not None and not isinstance(getattr(tensor, self.key, UNMARKED)[1], Shared):
                 self.mark(tensor, None)
         self.marked.clear()
         self.spoiled.clear()
+
+    def kept(self, tensor: Tensor) -> bool:
+        """Label a tensor that a forward derived from parameters so again: it is an argument of a checkpoint."""
+        found = getattr(tensor, self.key, UNMARKED)[1]
+        if isinstance(found, Shared):
+            self.mark(tensor, found)
+        return isinstance(found, Shared)
 
     def kind(self, tensor: Tensor, label: Mark) -> int:
         """One of the kinds above for a tensor with this label, or 0 for a constant."""

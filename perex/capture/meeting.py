@@ -225,8 +225,7 @@ class Meeting:
         use = forward.entered(call)
         forward.readers.expect(saved)
         if sparing():
-            forward.sparing = True
-            forward.once |= run_recomputation_in(self.recomputing)
+            self.spared()
         produced: list[Tensor] = []
         template = pack(out, produced)
         if not produced:  # a named result, as `torch.max` has
@@ -236,6 +235,11 @@ class Meeting:
         for tensor, axis in zip(tapped, out_axes, strict=True):
             self.labels.mark(tensor, axis)
         return type(out)(tapped) if template is out else unpack(template, tapped)
+
+    def spared(self) -> None:
+        """Have the running checkpoint, if there is one, find all this again when it recomputes."""
+        self.forward.sparing = True
+        self.forward.once |= run_recomputation_in(self.recomputing)
 
     def aligned_rows(
         self,

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from perex.capture.axis import Axis, Lost
 from perex.capture.carry import CHOOSES, COUNTS, tensors_in
+from perex.capture.checkpoint import sparing
 from perex.capture.doubts import FAINT, UNSEEN, Doubts
 from perex.capture.forward import Forward
 from perex.capture.labels import (
@@ -334,6 +335,8 @@ class Capture(TorchFunctionMode):
         stand_ins = [self.labels.stand_in(tensor) for tensor in tensors]
         run_args, run_kwargs = unpack(template, stand_ins)
         out = func(*run_args, **run_kwargs)
+        if sparing():
+            self.meeting.spared()
         entries: dict[Entry, Tensor] = {}
         for tensor in tensors:
             source = self.labels.source(tensor)

@@ -276,7 +276,11 @@ class Session:
         self.thread = threading.get_ident()
         for tensor in tensors_of(args):
             known = isinstance(tensor, nn.Parameter) or id(tensor) in self.parameters.entries
-            if not known and (tensor.is_floating_point() or forward.batch in tensor.shape):
+            if (
+                not known
+                and not capture.labels.kept(tensor)
+                and (tensor.is_floating_point() or forward.batch in tensor.shape)
+            ):
                 capture.labels.mark(tensor, Single(0))
         try:
             with capture:
