@@ -237,3 +237,31 @@ def test_memory_does_not_grow_with_batch_times_parameters(kind):
 
         step()
         assert peak(step) < 6 * parameters
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("given", ["learned", "constant"])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_examples_in_the_first_state_alone(kind, given, batch_first, batch):
+    """As in a decoder, which begins with the same token for all."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        shape = (len(x), 2, D) if batch_first else (2, len(x), D)
+        rows = m.start.expand(shape) if given == "learned" else x.new_ones(shape)
+        h = (x * m.a).sum(1).expand(1, -1, -1).contiguous()
+        out, _ = m.rnn(rows, (h, h) if kind == "LSTM" else h)
+        return (out if batch_first else out.transpose(0, 1)).sin().sum(1)
+
+    model = Bare(forward, {"D": D}, a="5", start="D")
+    model.rnn = LAYERS[kind](D, H, batch_first=batch_first)
+    x = torch.randn(batch, T, H, dtype=torch.float64)
+    check(scramble(model).double(), (x,))
+    with perex.attach(model, audit=False, loss_reduction="sum") as px:
+        for _ in range(2):
+            model(x).sum().backward()
+    expected = []
+    for b in range(batch):
+        grads = torch.autograd.grad(model(x[b : b + 1]).sum(), list(model.parameters()), allow_unused=True)
+        expected.append(sum(g.square().sum() for g in grads if g is not None).sqrt())
+    torch.testing.assert_close(px.norms(), torch.stack(expected))

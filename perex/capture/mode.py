@@ -347,7 +347,7 @@ class Capture(TorchFunctionMode):
         self.labels.derived.update(entries)
         if args and (in_place(func) or func is Tensor.__setitem__):
             self.labels.rewritten = True
-            if isinstance(held := self.labels.of(args[0]), Shared):
+            if isinstance(args[0], Tensor) and isinstance(held := self.labels.of(args[0]), Shared):
                 self.labels.mark(args[0], Shared(held.tensor, tuple(entries), tuple(entries.values())))
         same = {id(stand_in): tensor for stand_in, tensor in zip(stand_ins, tensors, strict=True)}
         origin = None if in_place(func) or func is Tensor.__setitem__ else origin_of(self.labels, func, args, kwargs)

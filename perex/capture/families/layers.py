@@ -204,6 +204,10 @@ def recurrent(op: Operation) -> Label | list[Label]:
     states = op.args[1] if isinstance(op.args[1], (list, tuple)) else [op.args[1]]
     if op.axis(x) != want:
         found = op.axis(x)  # perhaps a part of the batch, or in another order
+        if found is None:  # the same for all examples, whose first states differ
+            own = next((axis for axis in map(op.axis, states) if axis is not None and axis.dim == 1), None)
+            fits = own is not None and own.size(op.batch) == x.shape[want.dim]
+            found = own.moved(want.dim) if own is not None and fits else None
         if found is None or found.dim != want.dim:
             return op.mixed("works along the batch axis: is `batch_first` right?")
         want = found
