@@ -16,7 +16,7 @@ from torch import Tensor
 from perex.capture.axis import Axis
 from perex.capture.carry import member, tensors_in
 from perex.capture.checkpoint import sparing
-from perex.capture.labels import Labels
+from perex.capture.labels import SIZED_BY_VALUE, Labels, plain_name
 from perex.capture.meeting import Meeting
 from perex.capture.parameters import Shared
 from perex.capture.record import draws
@@ -55,7 +55,7 @@ def versions_of(tensors: Iterable[Tensor]) -> list[int]:
 
 def origin_of(labels: Labels, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Origin | None:
     """The origin of results that derive from parameters alone, if some are given to every example on the way."""
-    if labels.batch == 1 or sparing() or draws(func, args, kwargs):
+    if labels.batch == 1 or sparing() or draws(func, args, kwargs) or plain_name(func) in SIZED_BY_VALUE:
         return None
     tensors = tensors_in(*args, kwargs)
     if func not in SPREADS and not any(known(labels, tensor) for tensor in tensors):
