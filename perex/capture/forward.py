@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ class Forward:
         shapes: tells inputs of one kind from others.
         half: whether a tap is behind an operator in half precision of five bits of exponent, `torch.float16`.
         sparing: whether something spares memory by not holding what is saved for the backward.
+        derived: then, what derives from parameters alone, which may be an argument of a checkpoint.
         once: whether its graph can be run backward once only.
         changed: whether such a hook has changed a gradient.
         functions: nodes of the user's autograd functions that operators have met, while examples are recorded.
@@ -146,6 +148,7 @@ class Forward:
         self.strength = 0
         self.half = False
         self.sparing = False
+        self.derived: list[tuple[weakref.ref[Tensor], Shared]] = []
         self.once = False
         self.changed = False
         self.functions: list[Any] = []

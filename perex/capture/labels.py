@@ -162,20 +162,19 @@ class Labels:
         return placed(dim, owners, self.batch)
 
     def clean(self) -> None:
-        """Take the labels off all tensors that are still alive, but for what derives from parameters: see `kept`."""
+        """Take the labels off all tensors that are still alive."""
         for ref in self.marked:
             tensor = ref()
-            if tensor is not None and not isinstance(getattr(tensor, self.key, UNMARKED)[1], Shared):
+            if tensor is not None:
                 self.mark(tensor, None)
         self.marked.clear()
         self.spoiled.clear()
 
-    def kept(self, tensor: Tensor) -> bool:
-        """Label a tensor that a forward derived from parameters so again: it is an argument of a checkpoint."""
-        found = getattr(tensor, self.key, UNMARKED)[1]
-        if isinstance(found, Shared):
-            self.mark(tensor, found)
-        return isinstance(found, Shared)
+    def shared(self) -> list[tuple[weakref.ref[Tensor], Shared]]:
+        """What derives from parameters alone, and its labels."""
+        alive = ((ref, ref()) for ref in self.marked)
+        found = [(ref, self.of(tensor)) for ref, tensor in alive if tensor is not None]
+        return [(ref, label) for ref, label in found if isinstance(label, Shared)]
 
     def kind(self, tensor: Tensor, label: Mark) -> int:
         """One of the kinds above for a tensor with this label, or 0 for a constant."""

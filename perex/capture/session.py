@@ -274,13 +274,12 @@ class Session:
         # the backward of what is on a GPU runs in a thread of its own
         self.capture, self.running, self.frames, self.caller = capture, True, [], None
         self.thread = threading.get_ident()
+        derived = {id(tensor): label for ref, label in forward.derived if (tensor := ref()) is not None}
         for tensor in tensors_of(args):
             known = isinstance(tensor, nn.Parameter) or id(tensor) in self.parameters.entries
-            if (
-                not known
-                and not capture.labels.kept(tensor)
-                and (tensor.is_floating_point() or forward.batch in tensor.shape)
-            ):
+            if id(tensor) in derived:
+                capture.labels.mark(tensor, derived[id(tensor)])
+            elif not known and (tensor.is_floating_point() or forward.batch in tensor.shape):
                 capture.labels.mark(tensor, Single(0))
         try:
             with capture:
@@ -304,6 +303,8 @@ class Session:
             self.capture.opaque = None
             self.capture.inputs = []
             self.capture.spread.made.clear()
+            if forward.sparing and not forward.recomputed:
+                forward.derived = self.capture.labels.shared()
             self.capture.labels.clean()
             if self.capture.forward.recomputed:
                 self.capture = None
