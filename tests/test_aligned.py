@@ -294,6 +294,31 @@ def test_a_layer_on_queries_and_then_on_examples(positions):
     check(scramble(model), (torch.randn(3, positions, D),))
 
 
+@pytest.mark.parametrize("how", ["rows", "numbers"])
+def test_what_zeros_do_not_tell(how):
+    """A layer of zeros makes the same of rows that were changed unseen, and its gradient is another."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = m.q.repeat(len(x), 1, 1) * 1
+        first = rows * x[:, :2]
+        chosen = [0, 1]
+        if how == "rows":
+            rows.data.mul_(2)
+            rows = m.layer(rows)
+        else:
+            rows = m.layer(rows)[:, chosen] * m.a
+            chosen[0] = 1
+        return torch.cat([first, rows, x], 1)
+
+    model = Bare(forward, {"D": D}, q="12D", a="D")
+    model.layer = nn.Linear(D, D)
+    model = scramble(model)
+    with torch.no_grad():
+        for parameter in model.layer.parameters():
+            parameter.zero_()
+    check(model, (torch.randn(3, T, D),))
+
+
 def test_constants_of_inference_mode():
     with torch.inference_mode():
         shift = torch.ones(D, dtype=torch.float64)

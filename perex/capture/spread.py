@@ -33,16 +33,16 @@ class Origin(NamedTuple):
 
     Attributes:
         func: the operator whose result they are.
-        args: its arguments.
-        kwargs: those given by name.
+        given: its arguments, and those given by name, with `Ref`s in place of tensors: lists may change.
+        tensors: these tensors.
         place: which of its results.
         versions: those of the tensors among the arguments, then.
         version: that of the result, when it was made.
     """
 
     func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    given: Any
+    tensors: list[Tensor]
     place: int
     versions: list[int]
     version: int = 0
@@ -57,12 +57,20 @@ def origin_of(labels: Labels, func: Any, args: tuple[Any, ...], kwargs: dict[str
     """The origin of results that derive from parameters alone, if some are given to every example on the way."""
     if labels.batch == 1 or sparing() or draws(func, args, kwargs) or plain_name(func) in SIZED_BY_VALUE:
         return None
-    tensors = tensors_in(*args, kwargs)
+    tensors: list[Tensor] = []
+    given = pack((args, kwargs), tensors)
     if func not in SPREADS and not any(known(labels, tensor) for tensor in tensors):
         return None
-    if any(tensor.is_inference() for tensor in tensors):  # these do not tell
+    if arrays_in(given) or any(tensor.is_inference() for tensor in tensors):  # these do not tell
         return None
-    return Origin(func, args, kwargs, 0, versions_of(tensors))
+    return Origin(func, given, tensors, 0, versions_of(tensors))
+
+
+def arrays_in(given: Any) -> bool:
+    """Whether there are arrays of other libraries among arguments, which may change unseen."""
+    if isinstance(given, dict):
+        return any(map(arrays_in, given.values()))
+    return any(map(arrays_in, given)) if isinstance(given, (list, tuple)) else hasattr(given, "__array__")
 
 
 def known(labels: Labels, tensor: Tensor) -> Origin | None:
@@ -119,14 +127,14 @@ class Spread:
                 made = self.again(tensor, trial)
             except PerexError:  # what is the same for all examples may be mixed as these may not
                 continue
-            if made is not None and self.labels.held(made) == axis and alike(made, tensor):
+            if made is not None and self.labels.held(made) == axis:
                 return made
         return None
 
     def trials(self, tensor: Tensor, axis: Axis) -> list[Axis]:
         """Where the examples may be in what a parameter was spread to first."""
         origin = known(self.labels, tensor)
-        while origin is not None and (before := next(filter(self.is_made, tensors_in(*origin.args)), None)) is not None:
+        while origin is not None and (before := next(filter(self.is_made, origin.tensors), None)) is not None:
             tensor, origin = before, known(self.labels, before)
         kinds = dict.fromkeys((Axis(0), axis))  # perhaps folded with heads since
         return [
@@ -141,19 +149,22 @@ class Spread:
         return known(self.labels, tensor) is not None
 
     def again(self, tensor: Tensor, axis: Axis) -> Tensor | None:
-        """Make rows again, once, from where the parameter was spread to rows with this axis."""
+        """Make rows again, once, from where the parameter was spread to rows with this axis.
+
+        All on the way have to be what they were: layers whose weights are zero make the same of anything.
+        """
         key = id(tensor), axis
         if key not in self.made:
             self.made[key] = tensor, self.rows(tensor, axis)
-        return self.made[key][1]
+        made = self.made[key][1]
+        return made if made is tensor or made is not None and alike(made, tensor) else None
 
     def rows(self, tensor: Tensor, axis: Axis) -> Tensor | None:
         """The same, anew; what is no rows of a parameter as it is, and None for what has changed since."""
         origin = known(self.labels, tensor)
         if origin is None:
             return tensor
-        tensors: list[Tensor] = []
-        template = pack((origin.args, origin.kwargs), tensors)
+        tensors = origin.tensors
         if versions_of(tensors) != origin.versions or tensor._version != origin.version:
             return None
         if not any(map(self.is_made, tensors)):
@@ -163,7 +174,7 @@ class Spread:
             parts = [self.again(given, axis) for given in tensors]
             if any(part is None for part in parts):
                 return None
-            args, kwargs = unpack(template, parts)
+            args, kwargs = unpack(origin.given, parts)
             found = tensors_in(self.run(origin.func, args, kwargs))[origin.place]
         return found
 
