@@ -10,7 +10,7 @@ import torch
 
 from perex.capture.forward import Use
 from perex.capture.parameters import Entry
-from perex.factors import Dense, Factor, Few, Total
+from perex.factors import Dense, Factor, Few, Pulled, Total
 from perex.kernels.spot import Spot, at
 from perex.rules.general import GENERAL
 
@@ -55,8 +55,9 @@ def costs_of(uses: Sequence[Use]) -> list[Cost]:
             places.setdefault(entry, []).append(place)
         for entry, outline in use.factors or ():
             place, factor = places[entry].pop(0), outline.factor()
-            dense = isinstance(factor.factor if isinstance(factor, Few) else factor, Dense)
-            pulled_back = use.site.parameters[place][1] and dense
+            inner = factor.factor if isinstance(factor, Few) else factor
+            dense = isinstance(inner, Dense)
+            pulled_back = use.site.parameters[place][1] and isinstance(inner, (Dense, Pulled))
             cost.counted &= not pulled_back
             if dense and cost.counted:
                 cost.flops += arrived  # added up

@@ -89,8 +89,9 @@ class Result:
             )
             return
         factors = share.open.setdefault(name, [])
-        factors.append(factor)
-        if self.alone and len(factors) == forward.uses[name]:
+        uses = forward.uses[name] if self.alone else 0
+        factors.append(factor if uses == 1 else factor.lasting())
+        if len(factors) == uses:
             self.close([share], name)
 
     def overflow(self, forward: Forward, where: Tensor, examples: list[int] | None = None) -> None:

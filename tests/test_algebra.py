@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perex.factors import Dense, Factor, Few, Outer, Part, Patches, Place, Rows, Total
+from perex.factors import Dense, Derived, Factor, Few, Outer, Part, Patches, Place, Pulled, Rows, Total
 from perex.factors.terms import added
 from perex.kernels import blocks
 from perex.kernels.geometry import Geometry
@@ -32,6 +32,13 @@ def part(batch: int) -> Part:
     return Part(Outer(random(batch, 3, D), random(batch, 3, V // 2), torch.Size((D, V // 2))), place)
 
 
+def pulled(batch: int) -> Pulled:
+    """Of a weight that is a function of the parameter."""
+    parameter = random(V, D).requires_grad_()
+    inner = Outer(random(batch, 3, D), random(batch, 3, 2), torch.Size((D, 2)))
+    return Pulled(inner, Derived(parameter.sin().mT @ random(V, 2), parameter, True), SHAPE)
+
+
 KINDS = {
     "dense": lambda b: Dense(random(b, V, D)),
     "outer": lambda b: Outer(random(b, 3, V), random(b, 3, D), SHAPE),
@@ -43,6 +50,8 @@ KINDS = {
     "few": lambda b: few(KINDS["outer"](b), b),
     "few rows": lambda b: few(KINDS["rows"](b), b),
     "part": part,
+    "pulled": pulled,
+    "few pulled": lambda b: few(pulled(b), b),
     "few parts": lambda b: few(part(b), b),
     "total": lambda b: Total([KINDS[name](b) for name in ("dense", "outer", "rows", "few", "part")]),
 }

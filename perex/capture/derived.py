@@ -10,9 +10,10 @@ from torch import Tensor
 
 from perex.capture.parameters import Entry, Shared, Source
 from perex.errors import UnsupportedError
-from perex.factors import Aligned, Dense, Factor, Part, Place, Rows
+from perex.factors import Aligned, Dense, Derived, Factor, Part, Place, Pulled, Rows
 from perex.factors.part import once_each
-from perex.kernels.products import widen
+from perex.kernels.blocks import block, example_blocks
+from perex.kernels.pulling import at_a_time, pulled_back
 from perex.rules.embedding import keep
 
 
@@ -25,6 +26,10 @@ def of_parameters(source: Source, factor: Factor) -> Iterator[tuple[Entry, Facto
         place = place_of_row(source, factor.dim)
         if place is not None:
             yield source.entries[0], Part(factor.row, place)
+            return
+        shown = shown_again(source, factor.dim)
+        if shown is not None:
+            yield from of_parameters(shown, Dense(factor.row.values.reshape(factor.batch, *shown.tensor.shape)))
             return
         rows = looked_up(source, Dense(factor.values), factor.own)
         if rows is not None:
@@ -39,12 +44,7 @@ def of_parameters(source: Source, factor: Factor) -> Iterator[tuple[Entry, Facto
     if rows is not None:
         yield source.entries[0], rows
         return
-    with torch.enable_grad():
-        pulled = {entry: widen(grad) for entry, grad in pull_back(source, factor.dense(0, factor.batch))}
-    for entry in source.entries:
-        parameter = entry.parameter
-        zeros = parameter.new_zeros(factor.batch, *parameter.shape) if entry not in pulled else None
-        yield entry, Dense(pulled[entry] if zeros is None else zeros)
+    yield from through_graph(source, factor)
 
 
 VIEWS = frozenset(
@@ -87,7 +87,9 @@ def view_of(shared: Shared) -> Tensor | None:
 
 def begins(node: Any, stand_in: Tensor) -> bool:
     """Whether a node of a graph is where it begins, with a stand-in."""
-    return node is stand_in.grad_fn or stand_in.grad_fn is None and getattr(node, "variable", None) is stand_in
+    if stand_in.grad_fn is None:
+        return getattr(node, "variable", None) is stand_in
+    return node is stand_in.grad_fn
 
 
 def offset_in(stand_in: Tensor, view: Tensor) -> int:
@@ -108,16 +110,33 @@ def place_of_row(shared: Shared, dim: int) -> Place | None:
         return Place(stand_in.shape, tuple(row), tensor.stride(), offset_in(stand_in, tensor)) if found else None
     if len(shared.entries) != 1 or tensor._version != shared.version:
         return None
-    (stand_in,), node = shared.stand_ins, passed(tensor.grad_fn, COPIES)
-    if node is None or node.name() not in ("ExpandBackward0", "RepeatBackward0"):
+    (stand_in,), before = shared.stand_ins, made_from(shared, dim)
+    if before is None:
         return None
-    before = tuple(node._saved_self_sym_sizes)
-    shows_it_again = (1,) * (len(row) - len(before)) + before == tuple(row)
-    node = passed(node.next_functions[0][0], RESHAPES | COPIES)
-    in_order = begins(node, stand_in) and row.numel() == stand_in.numel()
-    if not (shows_it_again and in_order) or shared.entries[0].parameter.shape != stand_in.shape:
+    in_order = begins(passed(before[0], RESHAPES | COPIES), stand_in) and row.numel() == stand_in.numel()
+    if not in_order or shared.entries[0].parameter.shape != stand_in.shape:
         return None
     return Place(stand_in.shape, tuple(row), torch.empty(row, device="meta").stride(), 0)
+
+
+def shown_again(shared: Shared, dim: int) -> Shared | None:
+    """The derived tensor that all rows along a dimension are, if there is one."""
+    before, shown = made_from(shared, dim), shared.shown
+    if before is None or shown is None or shared.tensor._version != shared.version:
+        return None
+    whole = shown.tensor.numel() * shared.tensor.shape[dim] == shared.tensor.numel()
+    return shown if whole and before == (shown.tensor.grad_fn, shown.tensor.output_nr) else None
+
+
+def made_from(shared: Shared, dim: int) -> tuple[Any, int] | None:
+    """The node, and which of its results, that `expand` or `repeat` shows again in each row along a dimension."""
+    node = passed(shared.tensor.grad_fn, COPIES)
+    if node is None or node.name() not in ("ExpandBackward0", "RepeatBackward0"):
+        return None
+    row = [1 if d == dim else size for d, size in enumerate(shared.tensor.shape)]
+    before = list(node._saved_self_sym_sizes)
+    found: tuple[Any, int] = node.next_functions[0]
+    return found if [1] * (len(row) - len(before)) + before == row else None
 
 
 def passed(node: Any, names: frozenset[str]) -> Any:
@@ -151,7 +170,7 @@ def looked_up(shared: Shared, factor: Factor, own: Callable[[Tensor], Tensor] | 
     if node is None or node.name() != "EmbeddingBackward0" or node._saved_scale_grad_by_freq:
         return None
     table = node.next_functions[0][0]
-    if table is not stand_in.grad_fn and getattr(table, "variable", None) is not stand_in:
+    if not begins(table, stand_in):
         return None
     ids, (size, width) = node._saved_indices.reshape(1, -1), stand_in.shape
     if ids.numel() * width != shared.tensor.numel() or shared.tensor._version != shared.version:
@@ -167,41 +186,27 @@ def looked_up(shared: Shared, factor: Factor, own: Callable[[Tensor], Tensor] | 
     return Rows(ids, keep(ids, grads, padding if padding < size else None, size), shared.entries[0].parameter.shape)
 
 
-def pull_back(shared: Shared, grads: Tensor) -> list[tuple[Entry, Tensor]]:
-    r"""Per-example gradients of a derived tensor $S(\theta)$ as those of its parameters.
+def through_graph(shared: Shared, factor: Factor) -> Iterator[tuple[Entry, Factor]]:
+    r"""The gradients of a derived tensor $S(\theta)$ as those of its parameters, by the graph of what derived it.
 
-    $\partial \ell_b / \partial \theta = J_S^\top \, \partial \ell_b / \partial S$, one batched
-    vector-Jacobian product through the operators that derived it.
-
-    Args:
-        shared: the derived tensor.
-        grads: `(B, *S.shape)`.
-
-    Returns:
-        A pair of parameter and `(B, *parameter.shape)` for each parameter that S depends on.
+    $\partial \ell_b / \partial \theta = J_S^\top \, \partial \ell_b / \partial S$. What is small is pulled back at
+    once, some examples at a time; large parameters' gradients when they are needed, and no more of them than that.
     """
-    if shared.tensor._version != shared.version:
+    tensor, batch = shared.tensor, factor.batch
+    if tensor._version != shared.version:
         names = ", ".join(entry.name for entry in shared.entries)
         raise UnsupportedError(
             f"a tensor derived from {names} was changed in place after it had been used: change a clone of it instead"
         )
-    grads = grads.to(shared.tensor.dtype)
-
-    def product(grad: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            shared.tensor,
-            shared.stand_ins,
-            grad,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-
-    try:
-        found = product(grads, batched=True)
-    except RuntimeError:  # an operator without a batched derivative
-        each = [product(grad, batched=False) for grad in grads]
-        found = tuple(
-            None if any(part is None for part in parts) else torch.stack(parts) for parts in zip(*each, strict=True)
-        )
-    return [(entry, grad) for entry, grad in zip(shared.entries, found, strict=True) if grad is not None]
+    sources = list(zip(shared.entries, shared.stand_ins, strict=True))
+    small = [source for entry, source in sources if batch * source.numel() <= block()]
+    found: dict[int, Tensor] = {}
+    if small:
+        step = batch if batch * tensor.numel() <= block() else at_a_time(batch, tensor.numel())
+        parts = [pulled_back(tensor, small, factor.dense(i, j)) for i, j in example_blocks(batch, 0, step)]
+        found = {id(source): torch.cat(grads) for source, grads in zip(small, zip(*parts, strict=True), strict=True)}
+    for entry, source in sources:
+        if id(source) in found:
+            yield entry, Dense(found[id(source)])
+        else:
+            yield entry, Pulled(factor, Derived(tensor, source, source.grad_fn is None), source.shape)

@@ -50,7 +50,7 @@ from perex.capture.probe import closed_over, watched
 from perex.capture.record import Record, draws
 from perex.capture.refusals import Refusals
 from perex.capture.rewrites import rewritten
-from perex.capture.spread import Spread, origin_of
+from perex.capture.spread import SPREADS, Spread, origin_of
 from perex.capture.suspects import of_hook, of_user
 from perex.capture.taps import Guard
 from perex.capture.writes import Writes
@@ -351,6 +351,7 @@ class Capture(TorchFunctionMode):
                 self.labels.mark(args[0], Shared(held.tensor, tuple(entries), tuple(entries.values())))
         same = {id(stand_in): tensor for stand_in, tensor in zip(stand_ins, tensors, strict=True)}
         origin = None if in_place(func) or func is Tensor.__setitem__ else origin_of(self.labels, func, args, kwargs)
+        shown = self.labels.source(args[0]) if func in SPREADS and args else None
         count = itertools.count()
         names = ", ".join(entry.name for entry in entries)
 
@@ -363,7 +364,8 @@ class Capture(TorchFunctionMode):
                 return tensor
             held: Tensor = Guard.apply(self.forward, names, self.parameters.param_grads, tensor)
             made = None if origin is None else origin._replace(place=index, version=held._version)
-            self.labels.mark(held, Shared(tensor, tuple(entries), tuple(entries.values()), origin=made))
+            again = shown if isinstance(shown, Shared) else None
+            self.labels.mark(held, Shared(tensor, tuple(entries), tuple(entries.values()), origin=made, shown=again))
             return held
 
         produced: list[Tensor] = []

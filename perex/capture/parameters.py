@@ -85,6 +85,7 @@ class Shared(NamedTuple):
         stand_ins: the tensors that were read in place of those, from which `tensor`'s graph starts.
         version: `tensor`'s version when it met examples.
         origin: how it was made, if it is rows of a parameter, see `perex.capture.spread`.
+        shown: what it shows again and again, if an operator like `expand` made it of another derived tensor.
     """
 
     tensor: Tensor
@@ -92,6 +93,7 @@ class Shared(NamedTuple):
     stand_ins: tuple[Tensor, ...]
     version: int = 0
     origin: Origin | None = None
+    shown: Shared | None = None
 
 
 Source = Entry | Shared

@@ -11,7 +11,22 @@ from perex.factors.narrow import Narrow
 from perex.factors.outer import Outer
 from perex.factors.part import Part, Place
 from perex.factors.patches import Patches
+from perex.factors.pulled import Derived, Pulled
 from perex.factors.rows import Rows
 from perex.factors.total import Total
 
-__all__ = ["Aligned", "Dense", "Factor", "Few", "Narrow", "Outer", "Part", "Patches", "Place", "Rows", "Total"]
+__all__ = [
+    "Aligned",
+    "Dense",
+    "Derived",
+    "Factor",
+    "Few",
+    "Narrow",
+    "Outer",
+    "Part",
+    "Patches",
+    "Place",
+    "Pulled",
+    "Rows",
+    "Total",
+]

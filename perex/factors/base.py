@@ -155,6 +155,10 @@ class Factor(ABC):
         flops = self.dense_flops() + other.dense_flops() + 2 * self.batch * entries
         return Plan("multiplied out", flops, 3 * block_size(self.batch, entries) * entries)
 
+    def lasting(self) -> Factor:
+        """The same gradients to be reduced when the backward is over: multiplied out, if they could not be then."""
+        return self
+
     def condensed(self) -> Factor:
         """The same gradients to be kept: multiplied out, where these are no larger than what they are made of."""
         from perex.factors.dense import Dense

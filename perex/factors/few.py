@@ -111,6 +111,10 @@ class Few(Factor):
         inner = self.factor.take(torch.tensor([k for _, k in found], dtype=torch.long, device="cpu"))
         return Few(inner, [place for place, _ in found], len(wanted))
 
+    def lasting(self) -> Factor:
+        """See `Factor.lasting`."""
+        return Few(self.factor.lasting(), self.examples, self.batch)
+
     def condensed(self) -> Factor:
         """See `Factor.condensed`."""
         return Few(self.factor.condensed(), self.examples, self.batch)

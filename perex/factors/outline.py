@@ -14,10 +14,11 @@ from perex.factors.narrow import Narrow
 from perex.factors.outer import Outer
 from perex.factors.part import Part
 from perex.factors.patches import Patches
+from perex.factors.pulled import Derived, Pulled
 from perex.factors.rows import Rows
 from perex.kernels.spot import Spot
 
-KINDS: tuple[Any, ...] = (Dense, Few, Narrow, Outer, Part, Patches, Rows)
+KINDS: tuple[Any, ...] = (Dense, Few, Narrow, Outer, Part, Patches, Pulled, Rows)
 
 
 class Spec(NamedTuple):
@@ -79,5 +80,7 @@ def outline(factor: Factor) -> Outline:
             value = Spec(value.shape, value.dtype, value.device.type)
         elif isinstance(value, Factor):
             value = outline(value)
+        elif isinstance(value, Derived):
+            value = None
         fields[name] = value
     return Outline(kind, fields)

@@ -1,0 +1,111 @@
+"""Gradients of a large parameter that come through a tensor derived from it, as those of a normalized weight do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perex.factors.base import Factor
+from perex.factors.dense import Dense
+from perex.factors.total import Total
+from perex.kernels.blocks import example_blocks
+from perex.kernels.plan import Plan
+from perex.kernels.pulling import at_a_time, pulled_back
+
+
+@dataclass(eq=False)
+class Derived:
+    """A tensor that derives from parameters alone, with the graph that says how.
+
+    Attributes:
+        tensor: the tensor, S.
+        source: what its graph begins with in the parameter's place.
+        lasts: whether the graph is still there when the backward is over.
+    """
+
+    tensor: Tensor
+    source: Tensor
+    lasts: bool
+
+
+@dataclass(eq=False)
+class Pulled(Factor):
+    r"""$G_b = J^\top H_b$, with H the gradients of a derived tensor and J its derivative by the parameter.
+
+    They are pulled back some examples at a time, whenever they are needed, so that nothing of the size of batch times
+    parameter is kept.
+
+    Attributes:
+        factor: H.
+        derived: the tensor; None where only shapes are left.
+        shape: the parameter's shape.
+    """
+
+    factor: Factor
+    derived: Derived | None
+    shape: torch.Size
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        """Number of examples."""
+        return self.factor.batch
+
+    def pull(self, grads: Tensor) -> Tensor:
+        r"""$J^\top H_b$, `(n, *S.shape)` to `(n, *shape)`."""
+        assert self.derived is not None
+        return pulled_back(self.derived.tensor, [self.derived.source], grads)[0]
+
+    @property
+    def step(self) -> int:
+        """How many examples are pulled back at a time."""
+        return at_a_time(self.batch, max(math.prod(self.shape), math.prod(self.factor.shape)))
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """See `Factor.dense`."""
+        ranges = example_blocks(stop - start, 0, self.step)
+        return torch.cat([self.pull(self.factor.dense(start + i, start + j)) for i, j in ranges])
+
+    def squared_norm(self) -> Tensor:
+        """See `Factor.squared_norm`."""
+        ranges = example_blocks(self.batch, 0, self.step)
+        return torch.cat([Dense(self.dense(i, j)).squared_norm() for i, j in ranges])
+
+    def plan(self) -> Plan:
+        """See `Factor.plan`."""
+        entries = math.prod(self.shape)
+        return Plan("pulled back", self.factor.dense_flops() + 2 * self.batch * entries, 3 * self.step * entries)
+
+    def dense_flops(self) -> int:
+        """See `Factor.dense_flops`: of the derived tensor's gradients."""
+        return self.factor.dense_flops()
+
+    def lasting(self) -> Factor:
+        """See `Factor.lasting`."""
+        return self if self.derived is None or self.derived.lasts else Dense(self.dense(0, self.batch))
+
+    def condensed(self) -> Factor:
+        """See `Factor.condensed`."""
+        return super().condensed() if self.derived is None or self.derived.lasts else self.lasting()
+
+    def merge(self, other: Factor) -> Factor | None:
+        """Uses of one derived tensor."""
+        if not isinstance(other, Pulled) or self.derived is None or other.derived is None:
+            return None
+        if self.derived.tensor is not other.derived.tensor:
+            return None
+        return Pulled(Total([self.factor, other.factor]), self.derived, self.shape)
+
+    def take(self, examples: Tensor) -> Factor:
+        """See `Factor.take`."""
+        return Pulled(self.factor.take(examples), self.derived, self.shape)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        r"""See `Factor.weighted_sum`: $J^\top \sum_b w_b H_b$."""
+        return self.pull(self.factor.weighted_sum(weights).unsqueeze(0)).squeeze(0).contiguous()
+
+    def pairs(self, other: Factor) -> Tensor:
+        """See `Factor.pairs`: each is pulled back once."""
+        return Dense(self.dense(0, self.batch)).pairs(other)
