@@ -25,7 +25,7 @@ def factors_of(
 ) -> Iterator[tuple[Any, Entry, Factor]]:
     """The gradients that a call brings, by slot and parameter."""
     call = tapped.call
-    captured = Captured(call, saved, grads)
+    captured = Captured(call, saved, grads, tapped.left)
     found = call.rule.function(captured)
     for slot, source in call.slots.items():
         factor = check_factor(call, slot, found.get(slot), captured.batch)

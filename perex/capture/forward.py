@@ -97,12 +97,14 @@ class Tapped(NamedTuple):
         call: the operator call that it is behind.
         use: that call, for reports.
         summed: the parameters whose `.grad` the tap gives, since the norm brings it along.
+        left: what running the operator has left for its rule, where perex ran it.
     """
 
     forward: Forward
     call: Call
     use: Use
     summed: tuple[str, ...] = ()
+    left: object = None
 
 
 class Forward:

@@ -18,11 +18,13 @@ from perex.capture.labels import Labels
 from perex.capture.memo import Known, Place
 from perex.capture.parameters import Source
 from perex.capture.refusals import Refusals
-from perex.capture.substitutes import run
+from perex.capture.substitutes import ours, run
 from perex.capture.taps import Poison, Tap
+from perex.rules import recurring
 from perex.rules.call import Call, Ref, pack, unpack
 from perex.rules.general import GENERAL
-from perex.rules.recurrent import CELLS, RECURRENT
+from perex.rules.recurrence import CELLS
+from perex.rules.recurrent import RECURRENT
 from perex.rules.registry import OPERATORS, Rule
 
 
@@ -63,7 +65,12 @@ class Meeting:
             values = [v if s is None else v.detach() for v, s in zip(values, sources, strict=True)]
         if rule.multiplies:
             values = [as_read(v) if s is None else v for v, s in zip(values, sources, strict=True)]
-        out = func(*unpack(packed_args, values), **unpack(packed_kwargs, values))
+        left: object = None
+        if func in CELLS and not kwargs and self.forward.record is None and ours(self.forward):
+            own, half = self.labels.parameters, torch.is_autocast_enabled(values[0].device.type)
+            out, left = recurring.run(func, packed_args, values, own.param_grads or own.sharded or half)
+        else:
+            out = func(*unpack(packed_args, values), **unpack(packed_kwargs, values))
         out_axes: list[Held] = []
         for label in self.labels.of_results(func, args, kwargs, out, tensors_in(out)):
             self.refuse.mixed(label)
@@ -85,7 +92,8 @@ class Meeting:
                 axis = self.aligned_rows(tensors[index], func, args, kwargs, out, out_axes)
                 if axis is not None:
                     call.rows[index] = axis
-        return self.tap(call, out, [values[i] if sources[i] is None else values[i].detach() for i in call.kept])
+        saved = [values[i] if sources[i] is None else values[i].detach() for i in call.kept]
+        return self.tap(call, out, saved, left=left)
 
     def again(
         self, known: Known, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], places: Sequence[Place]
@@ -214,6 +222,7 @@ class Meeting:
         saved: list[Tensor],
         summed: tuple[str, ...] = (),
         aliases: Sequence[Tensor] = (),
+        left: object = None,
     ) -> Any:
         """Put a tap behind the results of a call."""
         self.latest = call
@@ -231,7 +240,7 @@ class Meeting:
         if not produced:  # a named result, as `torch.max` has
             produced = list(out)
         forward.half = forward.half or torch.float16 in [tensor.dtype for tensor in produced]
-        tapped = Tap.apply(Tapped(forward, call, use, summed), saved, forward.sentinel, *aliases, *produced)
+        tapped = Tap.apply(Tapped(forward, call, use, summed, left), saved, forward.sentinel, *aliases, *produced)
         for tensor, axis in zip(tapped, out_axes, strict=True):
             self.labels.mark(tensor, axis)
         return type(out)(tapped) if template is out else unpack(template, tapped)

@@ -22,6 +22,14 @@ ALIKE_TO_THE_BIT: dict[Any, Callable[..., Tensor | None]] = {
 """What gives the same as an operator without parameters, backward too; or None, where it is no faster."""
 
 
+def ours(forward: Forward) -> bool:
+    """Whether it is perex's business how operators are run.
+
+    Not where what is saved for the backward is counted or moved, nor where somebody else's mode is to see them.
+    """
+    return not (forward.recomputed or sparing() or torch._C._len_torch_function_stack())
+
+
 def run(
     func: Any,
     args: tuple[Any, ...],
@@ -31,8 +39,6 @@ def run(
 ) -> Any:
     """Run an operator, by other means where these are faster.
 
-    Not where what is saved for the backward is counted or moved, nor where somebody else's mode is to see the operator.
-
     Args:
         func: the operator.
         args: its arguments.
@@ -41,7 +47,7 @@ def run(
         parameters: the model's, if some are among the arguments.
     """
     out: Tensor | None = None
-    if not (forward.recomputed or sparing() or torch._C._len_torch_function_stack()):
+    if ours(forward):
         if parameters is not None:
             out = multiplied(func, args, kwargs, parameters)
         elif func in ALIKE_TO_THE_BIT:

@@ -1,8 +1,8 @@
 r"""Recurrent layers back through time: the gradients of what their gates get.
 
-A step reads $W x_t + c$ (*given*) and $U h_{t-1} + d$ (*kept*). Forward, it leaves the activated gates. From these, the
-slopes of all steps are computed at once, so that going back, a step is a few products and one with $U$. Rows are those
-of the first step, then of the second, and so on; later steps may have fewer, as packed sequences do.
+A step reads $W x_t + c$ (*given*) and $U h_{t-1} + d$ (*kept*). With all outputs $h_t$ at hand, the gates of all steps
+are computed at once, and the slopes of all steps from these, so that going back, a step is a few products and one with
+$U$. Rows are those of the first step, then of the second, and so on; later ones may have fewer, in packed sequences.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ class Cell(Protocol):
     """What happens in a step of n rows, H numbers each.
 
     Attributes:
-        acts: what a step leaves, in multiples of H.
-        width: what going back leaves, likewise.
+        shown: whether the output is all that there is to know of a step.
     """
 
-    acts: int
-    width: int
+    shown: bool
 
-    def forward(self, given: Tensor, kept: Tensor, states: Tensors, acts: Tensor) -> list[Tensor]:
-        """The states after the step; `acts`, `(n, acts H)`, is written."""
+    def gates(self, given: Tensor, kept: Tensor) -> Tensor:
+        """The activated gates of all steps, `(N, k H)`; unless they are shown. What is given may be written over."""
         ...
 
     def slopes(self, acts: Tensor, before: Tensors) -> list[Tensor]:
@@ -39,7 +37,7 @@ class Cell(Protocol):
         ...
 
     def back(self, grad: Tensor, others: Tensors, slopes: Tensors, out: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        r"""From the gradients of the states after a step: $\delta$ is written to `out`, `(n, width H)`.
+        r"""From the gradients of the states after a step: $\delta$ is written to `out`, `(n, k H)`.
 
         Returns:
             The gradient of the first state before it, but for what comes through $U$ (None for zero); the others'.
@@ -58,13 +56,15 @@ class Cell(Protocol):
 class LSTM:
     r"""$c' = f c + i g$ and $h' = o \tanh c'$."""
 
-    acts, width = 4, 4
+    shown = False
 
-    def forward(self, given: Tensor, kept: Tensor, states: Tensors, acts: Tensor) -> list[Tensor]:
-        """See `Cell.forward`."""
-        i, f, g, o = torch.add(given, kept, out=acts).chunk(4, 1)
-        c = torch.addcmul(f.sigmoid_() * states[1], i.sigmoid_(), g.tanh_())
-        return [o.sigmoid_() * c.tanh(), c]
+    def gates(self, given: Tensor, kept: Tensor) -> Tensor:
+        """See `Cell.gates`: i, f, g and o."""
+        acts = given.add_(kept)
+        i_f, g, o = acts.tensor_split((acts.shape[1] // 2, acts.shape[1] // 4 * 3), 1)
+        for gate, activate in ((i_f, Tensor.sigmoid_), (g, Tensor.tanh_), (o, Tensor.sigmoid_)):
+            activate(gate)
+        return acts
 
     def slopes(self, acts: Tensor, before: Tensors) -> list[Tensor]:
         r"""$\tanh(c') o'$; $o (1 - \tanh^2 c')$; $g i'$, $c f'$ and $i g'$; and f."""
@@ -94,16 +94,13 @@ class LSTM:
 class GRU:
     r"""$h' = (1 - z) n + z h$ with $n = \tanh(n_x + r n_h)$."""
 
-    acts, width = 4, 4
+    shown = False
 
-    def forward(self, given: Tensor, kept: Tensor, states: Tensors, acts: Tensor) -> list[Tensor]:
-        """See `Cell.forward`."""
-        (r_x, z_x, n_x), (r_h, z_h, n_h), (r, z, n, inner) = given.chunk(3, 1), kept.chunk(3, 1), acts.chunk(4, 1)
-        torch.add(r_x, r_h, out=r).sigmoid_()
-        torch.add(z_x, z_h, out=z).sigmoid_()
-        torch.addcmul(n_x, r, n_h, out=n).tanh_()
-        inner.copy_(n_h)
-        return [torch.lerp(n, states[0], z)]
+    def gates(self, given: Tensor, kept: Tensor) -> Tensor:
+        """See `Cell.gates`: r, z, n, and $n_h$."""
+        (r_z_x, n_x), (r_z_h, n_h) = (t.tensor_split((t.shape[1] // 3 * 2,), 1) for t in (given, kept))
+        r_z = r_z_x.add_(r_z_h).sigmoid_()
+        return torch.cat((r_z, torch.addcmul(n_x, r_z.chunk(2, 1)[0], n_h).tanh_(), n_h), 1)
 
     def slopes(self, acts: Tensor, before: Tensors) -> list[Tensor]:
         r"""Of $n_x$, r, z and $n_h$; and z."""
@@ -130,15 +127,14 @@ class GRU:
 class Simple:
     r"""$h' = \tanh(\cdot)$ or $\max(\cdot, 0)$."""
 
-    acts, width = 1, 1
+    shown = True
 
     def __init__(self, relu: bool) -> None:
         self.relu = relu
 
-    def forward(self, given: Tensor, kept: Tensor, states: Tensors, acts: Tensor) -> list[Tensor]:
-        """See `Cell.forward`."""
-        torch.add(given, kept, out=acts)
-        return [acts.relu_() if self.relu else acts.tanh_()]
+    def gates(self, given: Tensor, kept: Tensor) -> Tensor:
+        """See `Cell.gates`: not asked for."""
+        raise NotImplementedError
 
     def slopes(self, acts: Tensor, before: Tensors) -> list[Tensor]:
         """See `Cell.slopes`."""
@@ -175,23 +171,23 @@ class Weights(NamedTuple):
     b_hh: Tensor | None = None
     hr: Tensor | None = None
 
+    def flat(self) -> list[Tensor]:
+        """Those that there are, in the order in which torch's operators take them."""
+        return [weight for weight in self if weight is not None]
+
 
 class Trace(NamedTuple):
     """What going forward leaves.
 
     Attributes:
-        acts: the activated gates, `(N, acts H)`.
+        acts: the activated gates, `(N, k H)`.
         before: the states that each step began with, `(N, H')`, and `(N, H)` for an LSTM's second.
         hidden: what was projected, `(N, H)`, if anything was.
-        out: `(N, H')`.
-        last: the last states, `(S, H')` and `(S, H)`.
     """
 
     acts: Tensor
     before: list[Tensor]
     hidden: Tensor | None
-    out: Tensor
-    last: list[Tensor]
 
 
 def steps(sizes: Sequence[int], backwards: bool) -> list[tuple[int, int]]:
@@ -200,11 +196,11 @@ def steps(sizes: Sequence[int], backwards: bool) -> list[tuple[int, int]]:
     return found[::-1] if backwards else found
 
 
-def resized(states: list[Tensor], size: int, source: Tensors, sink: Tensors) -> list[Tensor]:
+def resized(states: list[Tensor], size: int, source: Tensors, sink: Tensors = ()) -> list[Tensor]:
     """States with as many rows as a step has: new ones come from `source`, and those that end go to `sink`."""
     now = len(states[0])
     if size < now:
-        for state, end in zip(states, sink, strict=True):
+        for state, end in zip(states, sink, strict=False):
             end[size:now] = state[size:]
         return [state[:size] for state in states]
     if size > now:
@@ -222,36 +218,48 @@ def plainly(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
-def forward(cell: Cell, x: Tensor, sizes: Sequence[int], first: Tensors, weights: Weights, backwards: bool) -> Trace:
-    """Run one layer in one direction.
+def trace(
+    cell: Cell, x: Tensor, out: Tensor, sizes: Sequence[int], first: Tensors, weights: Weights, backwards: bool
+) -> Trace:
+    """What one layer did in one direction.
 
     Args:
         cell: what happens in a step.
-        x: the input, `(N, d)`.
+        x: its input, `(N, d)`.
+        out: its output, `(N, H')`.
         sizes: how many rows each step has.
         first: the first states, `(S, H')` and, for an LSTM, `(S, H)`.
         weights: the layer's.
         backwards: whether the last step is the first one.
     """
-    given, product = multiplied(x, weights.ih.mT, weights.b_ih), multiplier(first[0], weights.hh.mT, len(sizes))
-    width = weights.hr.shape[1] if weights.hr is not None else first[0].shape[1]
-    acts, out = x.new_empty(len(x), cell.acts * width), x.new_empty(len(x), first[0].shape[1])
-    before, last = [x.new_empty(len(x), state.shape[1]) for state in first], [torch.empty_like(s) for s in first]
-    hidden = x.new_empty(len(x), width) if weights.hr is not None else None
     order = steps(sizes, backwards)
-    states = [state[: order[0][1] - order[0][0]] for state in first]
-    for i, j in order:
-        states = resized(states, j - i, first, last)
-        for all_before, state in zip(before, states, strict=True):
-            all_before[i:j] = state
-        kept = product(states[0], weights.hh.mT, weights.b_hh)
-        states = cell.forward(given[i:j], kept, states, acts[i:j])
-        if hidden is not None and weights.hr is not None:
-            hidden[i:j] = states[0]
-            states = [states[0] @ weights.hr.mT, *states[1:]]
-        out[i:j] = states[0]
-    resized(states, 0, first, last)
-    return Trace(acts, before, hidden, out, last)
+    before = [before_each(out, order, first[0])]
+    acts = out
+    if not cell.shown:
+        given, kept = multiplied(x, weights.ih.mT, weights.b_ih), multiplied(before[0], weights.hh.mT, weights.b_hh)
+        acts = cell.gates(given, kept)
+    hidden: Tensor | None = None
+    if len(first) > 1:  # of an LSTM
+        i, f, g, o = acts.chunk(4, 1)
+        after, added = torch.empty_like(i), i * g
+        states = [first[1][: order[0][1] - order[0][0]]]
+        for start, stop in order:
+            states = resized(states, stop - start, first[1:])
+            states = [torch.addcmul(added[start:stop], f[start:stop], states[0], out=after[start:stop])]
+        before.append(before_each(after, order, first[1]))
+        hidden = o * after.tanh_() if weights.hr is not None else None
+    return Trace(acts, before, hidden)
+
+
+def before_each(after: Tensor, order: Sequence[tuple[int, int]], first: Tensor) -> Tensor:
+    """The states that each step began with, of those after it, `(N, H)`, and of the first, `(S, H)`."""
+    found, (last, size) = after.new_empty(after.shape), (0, 0)
+    for start, stop in order:
+        old = min(size, stop - start)
+        found[start : start + old] = after[last : last + old]
+        found[start + old : stop] = first[old : stop - start]
+        last, size = start, stop - start
+    return found
 
 
 def back(
@@ -273,8 +281,7 @@ def back(
         after them, `(N, H')`; and of the first states.
     """
     slopes, product = cell.slopes(trace.acts, trace.before), multiplier(last[0], weights.hh.mT, len(sizes))
-    width = trace.acts.shape[1] // cell.acts
-    found = grad.new_empty(len(grad), cell.width * width)
+    found = grad.new_empty(trace.acts.shape)
     grads, first = torch.empty_like(grad) if weights.hr is not None else grad, [torch.empty_like(s) for s in last]
     order = steps(sizes, not backwards)
     carry = [state[: order[0][1] - order[0][0]] for state in last]

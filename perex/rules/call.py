@@ -117,10 +117,16 @@ class Captured:
     Attributes:
         grad: output gradient with examples in front, `(B, *rest)`; see `Axis.front`.
         batch: number of examples, B.
+        arrived: the outputs' gradients as they came.
+        left: what running the operator has left, where perex ran it.
     """
 
-    def __init__(self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None], left: object = None
+    ) -> None:
         self.call = call
+        self.arrived = grads
+        self.left = left
         self.batch = call.batch
         first = next((grad for grad in grads if grad is not None), None)
         narrow = call.rule.narrow and first is not None and first.is_cuda and first.dtype in HALVES
