@@ -17,6 +17,9 @@ WORTH_PREPARING = 2**25
 WORTH_A_CALL = 2**23
 """Multiply-adds that each of several has to have, for oneDNN takes one a call, and MKL all of them."""
 
+WORTH_A_STEP = 2**21
+"""Likewise, where MKL would take as many calls: it starts sooner."""
+
 SLACK = 0.55
 """What a multiply-add costs by oneDNN, in those of `@`."""
 
@@ -54,7 +57,8 @@ def faster(a: Tensor, b: Tensor, rows: int | None = None, times: int = 1) -> boo
     """
     stack = 1 if rows is not None else a.shape[:-2].numel()
     one = b.shape[-2:].numel() * (a.shape[-2] if rows is None else rows)
-    if one * times < WORTH_A_CALL or one * stack * times < WORTH_PREPARING or a.dtype != b.dtype:
+    least = WORTH_A_CALL if times == 1 else WORTH_A_STEP
+    if one < least or one * stack * times < WORTH_PREPARING or a.dtype != b.dtype:
         return False
     if not a.is_floating_point() or a.itemsize != 4:  # of float32
         return False
