@@ -51,9 +51,11 @@ def recurrent(captured: Captured) -> dict[Any, Factor]:
     grads = captured.grads if call.func not in STEPS else [None, *captured.grads]
     given = inputs_of(call.args, own.layout == "packed")
     asked = isinstance(run, Run) and run.asked
+    of: Tensor | None = None
     for read in through_time(own, outs, grads, to_input=asked or given[0].number in call.slots):
         if isinstance(read, Read):
-            deltas = own.by_example(read.deltas, call.out_axes[0], batch)
+            if read.deltas is not of:  # most gates add up what is given and what is kept
+                of, deltas = read.deltas, own.by_example(read.deltas, call.out_axes[0], batch)
             if read.weight in call.slots:
                 rows = own.by_example(read.rows, call.out_axes[0], batch)
                 factors[read.weight] = Outer(deltas, rows, call.shapes[read.weight])
