@@ -15,10 +15,12 @@ import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from test_privacy import B, C, Of, clipped_sum, detach, ids, private, real, simple, sum_by_perex
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import perex
+from perex.kernels import blocks
 from perex.privacy import PrivacyError
 from perex.privacy.optimizers import Unsaved
 
@@ -321,6 +323,7 @@ class Twice(nn.Module):
         super().__init__()
         self.kind = kind
         self.layer = nn.Embedding(7, 64) if kind == "embedding" else nn.Linear(64, 64, bias=kind == "bias")
+        self.layer = parametrizations.weight_norm(self.layer) if kind == "derived" else self.layer
 
     def forward(self, x: Tensor, factor: Tensor) -> Tensor:
         if self.kind == "embedding":
@@ -331,11 +334,13 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("memory", ["high", "low"])
-@pytest.mark.parametrize("kind", ["plain", "bias", "embedding", "reused"])
+@pytest.mark.parametrize("kind", ["plain", "bias", "embedding", "reused", "derived"])
 @pytest.mark.parametrize("large", [1e6, 1e10])
-def test_rounding_of_one_example_does_not_move_the_sum(kind, memory, large):
+def test_rounding_of_one_example_does_not_move_the_sum(kind, memory, large, monkeypatch):
     """Its two positions cancel: its own gradient is nearly nothing, and its terms are large."""
     count = 32
+    if kind == "derived":
+        monkeypatch.setattr(blocks, "BLOCK", 1)  # every parameter is a large one
     x, factor = torch.randn(count, 2, 64), torch.ones(count, 2)
     if kind == "embedding":
         x[-1], factor[-1] = 3.0, torch.tensor([large, -large])

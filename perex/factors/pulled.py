@@ -102,6 +102,11 @@ class Pulled(Factor):
         """See `Factor.take`."""
         return Pulled(self.factor.take(examples), self.derived, self.shape)
 
+    def sizes(self) -> Tensor | None:
+        """See `Factor.sizes`: how much J stretches the terms of H is not known, so they may be as long as can be."""
+        sizes = self.factor.sizes()
+        return None if sizes is None else torch.full_like(sizes, torch.inf)
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         r"""See `Factor.weighted_sum`: $J^\top \sum_b w_b H_b$."""
         return self.pull(self.factor.weighted_sum(weights).unsqueeze(0)).squeeze(0).contiguous()
