@@ -15,8 +15,8 @@ import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from test_privacy import B, C, Of, clipped_sum, detach, ids, private, real, simple, sum_by_perex
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 import perex
