@@ -66,7 +66,8 @@ class Pulled(Factor):
     def dense(self, start: int, stop: int) -> Tensor:
         """See `Factor.dense`."""
         ranges = example_blocks(stop - start, 0, self.step)
-        return torch.cat([self.pull(self.factor.dense(start + i, start + j)) for i, j in ranges])
+        parts = [self.pull(self.factor.dense(start + i, start + j)) for i, j in ranges]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def squared_norm(self) -> Tensor:
         """See `Factor.squared_norm`."""
