@@ -142,8 +142,9 @@ def test_layers(kind, options, lengths, runs):
         lambda out: out.detach(),
         lambda out: torch.cat([out, out.relu_()], 1),
         lambda out: out.add_(out.detach().clone()),
+        lambda out: [out * 2, out.data.zero_()][0],
     ],
-    ids=["in place", "filled in place", "the last", "states alone", "twice", "added in place"],
+    ids=["in place", "filled in place", "the last", "states alone", "twice", "added in place", "unseen"],
 )
 def test_what_is_done_to_outputs(kind, options, after, runs):
     """Where torch itself can tell what was changed in place, and perex has kept what it was."""

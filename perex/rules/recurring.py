@@ -20,17 +20,17 @@ class Run:
 
     def __init__(self) -> None:
         self.asked = False  # whether a gradient of the input or of first states is wanted
-        self.outs: list[tuple[Tensor, int]] = []
+        self.outs: list[Tensor] = []
         self.back: tuple[Any, dict[int, Tensor]] | None = None
 
     def keep(self, outs: Sequence[Tensor]) -> None:
-        """Keep the outputs of all layers, or of the last ones, for one backward."""
-        self.outs = [(out.detach(), out._version) for out in outs]
+        """Keep the outputs of all layers, or of the last one, which anybody may change, for one backward."""
+        self.outs = [*outs[:-1], outs[-1].detach().clone()]
 
     def outputs(self) -> list[Tensor]:
-        """These, the first time; none if they have been changed in place since."""
+        """These, the first time; none after that."""
         outs, self.outs = self.outs, []
-        return [] if any(out._version != then for out, then in outs) else [out for out, _ in outs]
+        return outs
 
     def found(self, grads: Sequence[Tensor | None], back: dict[int, Tensor]) -> None:
         """Leave the gradients of the input and of first states, by their numbers, that outputs' gradients give."""
