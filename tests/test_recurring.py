@@ -13,6 +13,7 @@ import torch
 from oracle import scramble
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 import perex
 from perex.rules import recurring
@@ -209,6 +210,111 @@ def test_gradients_of_inputs_that_are_differentiated_again(runs):
     torch.testing.assert_close(first, expected)
     torch.testing.assert_close(second, torch.autograd.grad(expected.square().sum(), x)[0])
     assert runs["by operator"] == 1
+
+
+class States(nn.Module):
+    """A layer whose input and first states lead to each other, or are the same."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.before, self.kind = nn.Linear(D, D), kind
+        self.rnn: nn.Module = {"from the input": nn.GRU, "the same": nn.LSTM, "cell": nn.GRUCell}[kind](D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        if self.kind == "from the input":
+            return self.rnn(h.transpose(0, 1), h.mean(1)[None].contiguous())[0].sin().sum((0, 2))
+        if self.kind == "the same":
+            first = h.mean(1)[None].contiguous()
+            return self.rnn(h.transpose(0, 1), (first, first))[0].sin().sum((0, 2))
+        state = None
+        for _ in range(3):
+            state = self.rnn(h.mean(1), state)
+        return state.sin().sum(1)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("param_grads", [True, False])
+@pytest.mark.parametrize("kind", ["from the input", "the same", "cell"])
+def test_states_with_a_graph(kind, param_grads, runs):
+    model = scramble(States(kind)).double()
+    x = torch.randn(B, T, D, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    rows = [torch.autograd.grad(model(leaf[b : b + 1]).sum(), [leaf, *model.parameters()]) for b in range(B)]
+    norms = torch.stack([torch.cat([g.flatten() for g in each[1:]]).norm() for each in rows])
+    gradient = torch.stack([each[0] for each in rows]).sum(0)
+    (first,) = torch.autograd.grad(model(leaf).sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), leaf)
+    with perex.attach(model, param_grads=param_grads, loss_reduction="sum", audit=False) as px:
+        for _ in range(2):
+            given = x.clone().requires_grad_()
+            (found,) = torch.autograd.grad(model(given).sum(), given, create_graph=True)
+            torch.testing.assert_close(found, gradient)
+            torch.testing.assert_close(torch.autograd.grad(found.square().sum(), given)[0], second)
+            model(given).sum().backward(create_graph=True)
+            torch.testing.assert_close(given.grad, gradient)
+            torch.testing.assert_close(px.norms(), norms)
+            model.zero_grad()
+            given.grad = None
+
+
+@pytest.mark.parametrize("param_grads", [True, False])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_hooks_on_results_that_are_not_read(kind, param_grads):
+    seen = []
+
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = LAYERS[kind](D, H, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out, last = self.rnn(x)
+            (last[0] if isinstance(last, tuple) else last).register_hook(lambda grad: seen.append(grad) or grad * 1)
+            return out.sum((1, 2))
+
+    model = Hooked()
+    with perex.attach(model, param_grads=param_grads) as px:
+        for _ in range(2):
+            px.backward(model(torch.randn(B, T, D)))
+    assert not seen
+
+
+def test_a_projection_that_only_later_steps_would_read():
+    """Its gradient arrives at the parameter, as none."""
+    model = scramble(nn.LSTM(D, H, proj_size=2)).double()
+    with perex.attach(model, batch_dim=1) as px:
+        model(torch.randn(1, B, D, dtype=torch.float64))[1][1].sum().backward()
+        assert not px.norms(by="parameter")["weight_hr_l0"].any()
+
+
+class Sorted(nn.Module):
+    """First states that are put in an order which perex does not follow."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.before, self.rnn, self.checkpointed = nn.Linear(D, D), nn.GRU(D, H, batch_first=True), checkpointed
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        def read(x: Tensor) -> Tensor:
+            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return self.rnn(packed, torch.zeros(1, len(x), H, dtype=x.dtype))[1][-1].sum(1)
+
+        h = self.before(x)
+        return checkpoint(read, h, use_reentrant=False) if self.checkpointed else read(h)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("param_grads", [True, False])
+def test_what_is_refused_keeps_the_gradients_of_inputs(param_grads, checkpointed):
+    model = Sorted(checkpointed)
+    x, lengths = torch.randn(3, 5, D, requires_grad=True), torch.tensor([2, 5, 3])
+    (expected,) = torch.autograd.grad(model(x, lengths).sum(), x)
+    with perex.attach(model, param_grads=param_grads) as px:
+        model(x, lengths).sum().backward()
+        torch.testing.assert_close(x.grad, expected)
+        with pytest.raises(perex.PerexError, match="`sort` works along the batch axis"):
+            px.norms()
 
 
 def test_frozen_layers(runs):

@@ -80,7 +80,7 @@ class Meeting:
                 call = self.record(func, rule, packed_args, packed_kwargs, tensors, slots, [])
                 kept = range(len(tensors)) if rule is GENERAL else call.kept
                 saved = [values[i] if sources[i] is None else values[i].detach() for i in kept]
-                return self.poisoned(func, args, kwargs, lost, saved)
+                return self.poisoned(func, out, lost, saved)
             out_axes.append(label)
         self.refuse.random(func, args, kwargs)
         call = self.record(func, rule, packed_args, packed_kwargs, tensors, slots, out_axes)
@@ -144,21 +144,14 @@ class Meeting:
             return ()
         return call.sharing.names
 
-    def poisoned(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], label: Lost, saved: list[Tensor]
-    ) -> Any:
-        """Run an operator on parameters and rows that are no one example's: an error if the loss depends on it."""
-        tensors: list[Tensor] = []
-        template = pack((args, kwargs), tensors)
-        run_args, run_kwargs = unpack(template, [self.labels.stand_in(tensor) for tensor in tensors])
+    def poisoned(self, func: Any, out: Any, label: Lost, saved: list[Tensor]) -> Any:
+        """What an operator made of parameters and of rows that are no example's: an error if the loss depends on it."""
         produced: list[Tensor] = []
-        out = func(*run_args, **run_kwargs)
         template = pack(out, produced)
         if not produced:
             produced = list(out)
         run_recomputation_in(self.recomputing)
-        error, passes = self.refuse.lost(label, func), self.labels.parameters.param_grads
-        results = Poison.apply(self.forward, error, passes, saved, *produced)
+        results = Poison.apply(self.forward, self.refuse.lost(label, func), saved, self.forward.sentinel, *produced)
         for tensor in results:
             self.labels.mark(tensor, label)
         return type(out)(results) if template is out else unpack(template, results)

@@ -294,9 +294,9 @@ class Parameters:
         """
         own, its = weakref.ref(self), weakref.ref(entry)
 
-        def arrived(grad: Tensor) -> None:
+        def arrived(grad: Tensor | None) -> None:
             parameters, entry = own(), its()
-            if parameters is None or entry is None:
+            if parameters is None or entry is None or grad is None:  # the loss does not depend on it
                 return
             total, entry.total = entry.total, None
             if parameters.param_grads and entry.seen is not None and entry.seen == identity(grad):

@@ -152,8 +152,8 @@ def watched(hook: Callable[[Tensor], Tensor | None], forward: Forward, axis: Hel
 
     @functools.wraps(hook)
     def run(grad: Tensor) -> Tensor | None:
-        if grad is None:  # of a result that the loss does not depend on, beside others of the operator
-            return hook(grad)  # type: ignore[unreachable]
+        if grad is None:  # of a result that the loss does not depend on, beside others that perex taps together
+            return None  # type: ignore[unreachable]
         version = grad._version
         out = hook(grad)
         if grad._version != version:

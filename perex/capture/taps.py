@@ -165,21 +165,21 @@ class Poison(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, forward: Forward, error: PerexError, passes: bool, saved: list[Tensor], *results: Tensor
+        ctx: FunctionCtx, forward: Forward, error: PerexError, saved: list[Tensor], sentinel: Tensor, *results: Tensor
     ) -> tuple[Tensor, ...]:
         """Return the results' values; what is saved is what a tap would save, for a checkpoint counts it."""
-        ctx.found = forward, error, passes  # type: ignore[attr-defined]
+        ctx.found = forward, error  # type: ignore[attr-defined]
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         return tuple(result.detach() for result in results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        """Report the error; pass the gradients on where the user wants gradients."""
-        forward, error, passes = ctx.found
+        """Report the error; pass the gradients on."""
+        forward, error = ctx.found
         if any(grad is not None for grad in grads):
             forward.refuse(error)
-        return None, None, None, None, *(grad if passes else None for grad in grads)
+        return None, None, None, None, *grads
 
 
 def identity(grad: Tensor) -> tuple[int, int, int]:

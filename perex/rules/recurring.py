@@ -87,7 +87,11 @@ def by_operator(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         values = list(tensors) if again else [tensor.detach() for tensor in tensors]
-        sources = {number: values[number].requires_grad_() for number, wanted in enumerate(asked) if wanted}
+        sources: dict[int, Tensor] = {}
+        for number, wanted in enumerate(asked):
+            if wanted:  # each by itself: one may lead to another, or be the same tensor
+                values[number] = values[number].view_as(values[number]) if again else values[number].requires_grad_()
+                sources[number] = values[number]
         found = func(*unpack(template, values))
         outs = [found] if isinstance(found, Tensor) else found
         pairs = [(out, grad) for out, grad in zip(outs, grads, strict=True) if grad is not None]
