@@ -57,9 +57,8 @@ class Gradients:
             raise ArgumentError(f"parameter '{name}' is not among the tracked ones: {', '.join(self.names[:5])}, ...")
         if any(tensor._version != version for kept in self._groups[name] for tensor, version in kept.stamps):
             raise NotReadyError(
-                f"the gradients of parameter '{name}' are lost: an input or output gradient of its layer, or the "
-                "parameter that its weight derives from, was changed in place after the backward. Use the gradients "
-                "before, or change a clone"
+                f"the gradients of parameter '{name}' are lost: an input or output gradient of its layer was changed "
+                "in place after the backward. Use the gradients before, or change a clone"
             )
         return [kept.total for kept in self._groups[name]]
 

@@ -90,7 +90,7 @@ class Result:
             return
         factors = share.open.setdefault(name, [])
         uses = forward.uses[name] if self.alone else 0
-        factors.append(factor if uses == 1 else factor.lasting())
+        factors.append(factor if uses == 1 and not self.keep else factor.lasting())
         if len(factors) == uses:
             self.close([share], name)
 

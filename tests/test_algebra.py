@@ -36,7 +36,7 @@ def pulled(batch: int) -> Pulled:
     """Of a weight that is a function of the parameter."""
     parameter = random(V, D).requires_grad_()
     inner = Outer(random(batch, 3, D), random(batch, 3, 2), torch.Size((D, 2)))
-    return Pulled(inner, Derived(parameter.sin().mT @ random(V, 2), parameter, True), SHAPE)
+    return Pulled(inner, Derived(parameter.sin().mT @ random(V, 2), parameter), SHAPE)
 
 
 KINDS = {
@@ -146,7 +146,7 @@ def elements(factor: Factor) -> int:
     return sum(v.numel() for one in inner for v in vars(one).values() if isinstance(v, Tensor))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "pulled" not in kind])  # those lose their graph
 def test_condensed_is_never_larger(kind):
     factor = KINDS[kind](B)
     assert elements(factor.condensed()) <= elements(factor)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import perex
-from perex.factors import Dense, Derived, Outer, Pulled
+from perex.factors import Derived, Outer, Pulled
 from perex.kernels import blocks
 
 B, T, D = 3, 4, 5
@@ -224,26 +224,68 @@ class OneByOne(torch.autograd.Function):
 def test_operators_without_a_batched_derivative():
     w, (left, right) = torch.randn(4, D, requires_grad=True), (torch.randn(B, T, 4), torch.randn(B, T, D))
     one, other = (
-        Pulled(Outer(left, right, w.shape), Derived(make(w), w, True), w.shape) for make in (OneByOne.apply, torch.sin)
+        Pulled(Outer(left, right, w.shape), Derived(make(w), w), w.shape) for make in (OneByOne.apply, torch.sin)
     )
     torch.testing.assert_close(one.dense(0, B), other.dense(0, B))
     torch.testing.assert_close(one.squared_norm(), (left.mT @ right * w.detach().cos()).square().sum((1, 2)))
 
 
-def test_what_is_gone_with_the_backward_is_multiplied_out():
-    w = torch.randn(4, D, requires_grad=True)
-    for lasts, kept in ((True, Pulled), (False, Dense)):
-        factor = Pulled(Outer(torch.randn(B, T, 4), torch.randn(B, T, D), w.shape), Derived(w.sin(), w, lasts), w.shape)
-        assert type(factor.lasting()) is kept
-        torch.testing.assert_close(factor.lasting().squared_norm(), factor.squared_norm())
+def large(*more: nn.Module) -> nn.Module:
+    return nn.Sequential(parametrizations.weight_norm(nn.Linear(600, 700)), *more).double()
 
 
-def test_a_parameter_that_changes_before_gradients_are_read():
-    model = scramble(Bare(lambda m, x: F.linear(x, m.w.sin()), {"E": 600, "D": 700}, w="ED"))
-    with perex.attach(model, param_grads=False, memory="high") as px:
-        px.backward(model(torch.randn(B, 1, 700)).sum((1, 2)))
-        with torch.no_grad():
-            model.w.mul_(2)
-        assert px.norms().isfinite().all()
-        with pytest.raises(perex.PerexError, match="'w'"):
-            px.clip_(1.0)
+@pytest.mark.parametrize("memory", [None, "auto", "high", "low"])
+@pytest.mark.parametrize("param_grads", [True, False])
+def test_clipping_after_the_first_backward(param_grads, memory):
+    model, x = large(), torch.randn(B, 600, dtype=torch.float64)
+    rows = [torch.autograd.grad(model(x[b : b + 1]).sin().sum(), list(model.parameters())) for b in range(B)]
+    norms = torch.stack([torch.cat([g.flatten() for g in each]).norm() for each in rows])
+    weights = 0.5 / norms.clamp(min=0.5)
+    options = {} if memory is None else {"memory": memory}
+    with perex.attach(model, param_grads=param_grads, **options) as px:
+        for _ in range(3):
+            model.zero_grad()
+            px.backward(model(x).sin().sum(1))
+            px.clip_(0.5)
+            for k, parameter in enumerate(model.parameters()):
+                expected = sum(w * each[k] for w, each in zip(weights, rows, strict=True))
+                torch.testing.assert_close(parameter.grad, expected)
+
+
+@pytest.mark.parametrize("param_grads", [True, False])
+@pytest.mark.parametrize("change", [lambda p: p.mul_(2), lambda p: p.data.mul_(2)], ids=["in place", "data"])
+def test_parameters_that_change_before_gradients_are_used(change, param_grads):
+    model, x = large(), torch.randn(B, 600, dtype=torch.float64)
+    with perex.attach(model, param_grads=param_grads, memory="high") as px:
+        sums = []
+        for changed in (False, True):
+            model.zero_grad()
+            before = copy.deepcopy(model.state_dict())
+            px.backward(model(x).sin().sum(1))
+            if changed:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        change(parameter)
+            px.reweight_(torch.arange(B, dtype=torch.float64))
+            sums.append([p.grad.clone() for p in model.parameters()])
+            model.load_state_dict(before)
+        torch.testing.assert_close(sums[0], sums[1])
+
+
+@pytest.mark.parametrize("param_grads", [True, False])
+@pytest.mark.parametrize("change", ["data", "set_"])
+def test_other_data_in_a_derived_tensor_is_refused(change, param_grads):
+    """What perex reads is in front of what the user's code holds, and shares its memory."""
+
+    def call(m: Any, x: Tensor) -> Tensor:
+        q = m.w.clone()
+        if change == "data":
+            q.data = (q.data * 2).round() / 2
+        else:
+            with torch.no_grad():
+                q.set_((q * 2).round() / 2)
+        return F.linear(x, q)
+
+    model = scramble(Bare(call, SIZES, w="ED"))
+    with perex.attach(model, param_grads=param_grads, audit=False), pytest.raises(perex.PerexError, match="other data"):
+        model(torch.randn(B, T, D))

@@ -190,7 +190,7 @@ def through_graph(shared: Shared, factor: Factor) -> Iterator[tuple[Entry, Facto
     r"""The gradients of a derived tensor $S(\theta)$ as those of its parameters, by the graph of what derived it.
 
     $\partial \ell_b / \partial \theta = J_S^\top \, \partial \ell_b / \partial S$. What is small is pulled back at
-    once, some examples at a time; large parameters' gradients when they are needed, and no more of them than that.
+    once, some examples at a time; large parameters' gradients when they are reduced, and no more of them than that.
     """
     tensor, batch = shared.tensor, factor.batch
     if tensor._version != shared.version:
@@ -209,4 +209,4 @@ def through_graph(shared: Shared, factor: Factor) -> Iterator[tuple[Entry, Facto
         if id(source) in found:
             yield entry, Dense(found[id(source)])
         else:
-            yield entry, Pulled(factor, Derived(tensor, source, source.grad_fn is None), source.shape)
+            yield entry, Pulled(factor, Derived(tensor, source), source.shape)

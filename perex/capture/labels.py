@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from perex.capture.axis import NOBODY, Axis, Held, Label, Lost, Single, agreed, placed
 from perex.capture.carry import COUNTS, Operation, carry, known, tensors_in
 from perex.capture.parameters import Entry, Parameters, Shared, Source
+from perex.errors import UnsupportedError
 from perex.rules.registry import OPERATORS
 
 BATCHED, SHARED, LOST, STRANGER, UNTRACKED, COUNTED, FOREIGN = 1, 2, 4, 8, 16, 32, 64
@@ -214,7 +215,15 @@ class Labels:
         if entry is not None:
             return self.parameters.read(entry)
         label = self.of(value)
-        return label.tensor if isinstance(label, Shared) else value
+        if not isinstance(label, Shared):
+            return value
+        if memory(value) != memory(label.tensor):
+            names = ", ".join(entry.name for entry in label.entries)
+            raise UnsupportedError(
+                f"a tensor derived from {names} was given other data, by `tensor.data = ...` or `set_`, which perex "
+                "does not follow. Say `w + (q - w).detach()` where a gradient is to pass a rounded value q by"
+            )
+        return label.tensor
 
     def of_results(
         self,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.factors.dense import Dense
-from perex.factors.total import Total
 from perex.kernels.blocks import example_blocks
 from perex.kernels.plan import Plan
 from perex.kernels.pulling import at_a_time, pulled_back
@@ -23,20 +22,18 @@ class Derived:
     Attributes:
         tensor: the tensor, S.
         source: what its graph begins with in the parameter's place.
-        lasts: whether the graph is still there when the backward is over.
     """
 
     tensor: Tensor
     source: Tensor
-    lasts: bool
 
 
 @dataclass(eq=False)
 class Pulled(Factor):
     r"""$G_b = J^\top H_b$, with H the gradients of a derived tensor and J its derivative by the parameter.
 
-    They are pulled back some examples at a time, whenever they are needed, so that nothing of the size of batch times
-    parameter is kept.
+    They are pulled back some examples at a time, so that where they are reduced at once, nothing of the size of batch
+    times parameter is made.
 
     Attributes:
         factor: H.
@@ -84,20 +81,12 @@ class Pulled(Factor):
         return self.factor.dense_flops()
 
     def lasting(self) -> Factor:
-        """See `Factor.lasting`."""
-        return self if self.derived is None or self.derived.lasts else Dense(self.dense(0, self.batch))
+        """See `Factor.lasting`: later, the graph may be gone, or what it leads to may have changed."""
+        return Dense(self.dense(0, self.batch))
 
     def condensed(self) -> Factor:
         """See `Factor.condensed`."""
-        return super().condensed() if self.derived is None or self.derived.lasts else self.lasting()
-
-    def merge(self, other: Factor) -> Factor | None:
-        """Uses of one derived tensor."""
-        if not isinstance(other, Pulled) or self.derived is None or other.derived is None:
-            return None
-        if self.derived.tensor is not other.derived.tensor:
-            return None
-        return Pulled(Total([self.factor, other.factor]), self.derived, self.shape)
+        return self.lasting()
 
     def take(self, examples: Tensor) -> Factor:
         """See `Factor.take`."""
