@@ -27,6 +27,14 @@ def few_at_a_time(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 1)
 
 
+def written(values: Tensor) -> Tensor:
+    """A lower triangle of some values, in memory of its own."""
+    rows, columns = torch.tril_indices(*values.shape)
+    z = torch.zeros_like(values)
+    z[rows, columns] = values[rows, columns]
+    return z
+
+
 class Between(nn.Module):
     """A layer between two others, so that something comes before and after."""
 
@@ -66,6 +74,7 @@ WEIGHTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, str]]] = {
     "two ways": (lambda m, x: F.linear(x, m.w.sin()) + F.linear(x.cos(), m.w.cos()), {"w": "ED"}),
     "two kinds": (lambda m, x: F.linear(x, (w := m.w.sin())) @ w + x @ w.T @ w, {"w": "ED"}),
     "and itself": (lambda m, x: F.linear(x, m.w.sin()) + F.linear(x.cos(), m.w), {"w": "ED"}),
+    "written into zeros": (lambda m, x: F.linear(x, written(m.w.sin())), {"w": "ED"}),
     "with a bias": (lambda m, x: F.linear(x, m.w.sin(), m.c.exp()), {"w": "ED", "c": "E"}),
 }
 

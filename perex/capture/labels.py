@@ -104,6 +104,8 @@ class Labels:
         if label is not None:
             if not hasattr(tensor, self.key):
                 self.marked.append(weakref.ref(tensor))
+            if isinstance(label, Shared):
+                label = label._replace(memory=memory(tensor))
             setattr(tensor, self.key, (self.number, label, real))
         elif hasattr(tensor, self.key):
             delattr(tensor, self.key)
@@ -217,7 +219,7 @@ class Labels:
         label = self.of(value)
         if not isinstance(label, Shared):
             return value
-        if memory(value) != memory(label.tensor):
+        if memory(value) != label.memory:
             names = ", ".join(entry.name for entry in label.entries)
             raise UnsupportedError(
                 f"a tensor derived from {names} was given other data, by `tensor.data = ...` or `set_`, which perex "

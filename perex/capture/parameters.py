@@ -86,6 +86,7 @@ class Shared(NamedTuple):
         version: `tensor`'s version when it met examples.
         origin: how it was made, if it is rows of a parameter, see `perex.capture.spread`.
         shown: what it shows again and again, if an operator like `expand` made it of another derived tensor.
+        memory: where the memory of what the user's code holds in its place begins.
     """
 
     tensor: Tensor
@@ -94,6 +95,7 @@ class Shared(NamedTuple):
     version: int = 0
     origin: Origin | None = None
     shown: Shared | None = None
+    memory: int = 0
 
 
 Source = Entry | Shared
