@@ -148,13 +148,8 @@ def test_layers(kind, options, lengths, runs):
     ids=["in place", "filled in place", "the last", "states alone", "twice", "added in place", "unseen"],
 )
 def test_what_is_done_to_outputs(kind, options, after, runs):
-    """Where torch itself can tell what was changed in place, and perex has kept what it was."""
+    """What was changed in place, seen or unseen, is of no matter to the operator's backward, nor to perex's."""
     net = Net(LAYERS[kind](D, H, **OPTIONS[options]), None, after)
-    try:
-        model = copy.deepcopy(net).double()
-        model(torch.randn(B, T, D).double(), torch.tensor([T] * B)).sum().backward()
-    except RuntimeError:
-        pytest.skip("torch refuses this, too")
     agrees(net)
     assert runs["run"] == 3
 
