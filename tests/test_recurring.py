@@ -284,7 +284,7 @@ def test_a_projection_that_only_later_steps_would_read():
 
 
 class Sorted(nn.Module):
-    """First states that are put in an order which perex does not follow."""
+    """First states that depend on an example's rank among all."""
 
     def __init__(self, checkpointed: bool) -> None:
         super().__init__()
@@ -293,7 +293,8 @@ class Sorted(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         def read(x: Tensor) -> Tensor:
             packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-            return self.rnn(packed, torch.zeros(1, len(x), H, dtype=x.dtype))[1][-1].sum(1)
+            states = torch.zeros(1, len(x) + 1, H, dtype=x.dtype)[:, lengths.argsort()]
+            return self.rnn(packed, states)[1][-1].sum(1)
 
         h = self.before(x)
         return checkpoint(read, h, use_reentrant=False) if self.checkpointed else read(h)
@@ -308,7 +309,7 @@ def test_what_is_refused_keeps_the_gradients_of_inputs(param_grads, checkpointed
     with perex.attach(model, param_grads=param_grads) as px:
         model(x, lengths).sum().backward()
         torch.testing.assert_close(x.grad, expected)
-        with pytest.raises(perex.PerexError, match="`sort` works along the batch axis"):
+        with pytest.raises(perex.PerexError, match="`argsort` works along the batch axis"):
             px.norms()
 
 

@@ -188,7 +188,8 @@ LENGTHS = torch.tensor([2, 4, 1, 3, 4])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}])
 @pytest.mark.parametrize("is_sorted", [True, False])
-def test_packed_sequences(cell, options, is_sorted):
+@pytest.mark.parametrize("from_zeros", [True, False])
+def test_packed_sequences(cell, options, is_sorted, from_zeros):
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -198,13 +199,23 @@ def test_packed_sequences(cell, options, is_sorted):
 
         def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
             packed = pack_padded_sequence(self.before(x), lengths.cpu(), batch_first=True, enforce_sorted=is_sorted)
-            out, state = self.rnn(packed)
+            zeros = x.new_zeros(4 if options else 1, len(x), 4)  # which torch sorts along with the sequences
+            first = ((zeros, zeros) if cell == "LSTM" else zeros) if from_zeros else None
+            out, state = self.rnn(packed, first)
             state = state[0] if isinstance(state, tuple) else state
             padded, _ = pad_packed_sequence(out, batch_first=True, total_length=T)
             return self.after(padded).sin().sum(1) + state.sum((0, 2))[:, None]
 
     lengths = LENGTHS.sort(descending=True).values if is_sorted else LENGTHS
     check(Model(), (data(B, T, D), lengths))
+
+
+def test_a_row_for_the_rank_among_all_is_refused():
+    """What an example gets depends on the others' lengths."""
+    table = torch.linspace(0, 1, B, dtype=torch.float64)[:, None, None]
+    model = Bare(lambda m, x, lengths: m.layer(x + table[lengths.argsort(stable=True)]))
+    model.layer = nn.Linear(D, D)
+    refused(model, (data(B, T, D), LENGTHS))
 
 
 def test_a_list_of_sequences():

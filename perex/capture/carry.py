@@ -8,7 +8,7 @@ perex then refuses rather than guesses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -131,6 +131,9 @@ DECIDES: set[Handler] = set()
 JOINS: set[Handler] = set()
 """Handlers that put tensors of single examples together."""
 
+REORDERS: set[Handler] = set()
+"""Handlers that tell whether constants with a row for each example are put in an order that counts decide."""
+
 REFUSES: set[Handler] = set()
 """Handlers of layers with settings that are refused for a batch of one too."""
 
@@ -175,7 +178,8 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         return None if not numbers else single
     if counted and lost is not None and lost.kind in COUNTS:
         if not batched and single is None:
-            return counts(operation, lost)
+            found = answer(handler, replace(operation, trial=True)) if handler in REORDERS else None
+            return found if isinstance(found, Axis) else counts(operation, lost)
         lost = chooses(operation, lost)
     adds = operation.name in ("add", "sub") and operation.results and operation.results[0].dim() == 0
     if lost is not None:
@@ -205,6 +209,11 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
     if handler is None:
         found = None if operation.trial else TRY[0](operation)
         return found or operation.unknown("is an operator perex does not know")
+    return answer(handler, operation)
+
+
+def answer(handler: Handler, operation: Operation) -> Label | list[Label]:
+    """What a handler says; where the call has a form that it was not made for, what trying the operator shows."""
     try:
         return handler(operation)
     except (
@@ -214,7 +223,7 @@ def carry(operation: Operation, func: Any) -> Label | list[Label]:
         TypeError,
         AttributeError,
         RuntimeError,
-    ):  # a form of the call it was not made for
+    ):
         found = None if operation.trial else TRY[0](operation)
         return found or operation.unknown("is called in a form that perex does not follow")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from perex.capture.axis import NOBODY, Axis, Label, Lost, Owners, Single, arranged, placed
-from perex.capture.carry import JOINS, Operation, family, normal, result_tensor
+from perex.capture.carry import JOINS, REORDERS, Operation, family, normal, result_tensor
 from perex.capture.families.elementwise import aligned
 
 
@@ -59,7 +59,7 @@ def indexed(op: Operation, source: Tensor, index: Any) -> Label:
         at = next(i for i, e in enumerate(entries) if e is Ellipsis)
         entries[at : at + 1] = [slice(None)] * (source.dim() - used)
     entries += [slice(None)] * (source.dim() - sum(e is not None for e in entries))
-    axis = op.axis(source)
+    axis = op.axis(source) or row_for_each(op, source, entries)
     dropped: int | None = None
     advanced = [i for i, e in enumerate(entries) if isinstance(e, Tensor)]
     ids = [entries[i] for i in advanced]
@@ -118,6 +118,23 @@ def indexed(op: Operation, source: Tensor, index: Any) -> Label:
         else:
             places.add(axis.moved(result.index(axis.dim)))
     return places.pop() if len(places) == 1 else op.agreed(places) if places else None
+
+
+def row_for_each(op: Operation, source: Tensor, entries: list[Any]) -> Axis | None:
+    """The axis of a constant with a row for each example, if counts over the batch put these rows in another order.
+
+    So `pack_padded_sequence` sorts first states along with the sequences.
+    """
+    taken = [entry for entry in entries if entry is not None]
+    tensors = [dim for dim, entry in enumerate(taken) if isinstance(entry, Tensor)]
+    if len(tensors) != 1 or op.label(source) is not None or not source.is_floating_point():
+        return None
+    (dim,) = tensors
+    index = taken[dim]
+    label, rows = op.label(index), torch.arange(op.batch, device="cpu")
+    if not isinstance(label, Lost) or index.dim() != 1 or source.size(dim) != op.batch:
+        return None
+    return Axis(dim) if torch.equal(index.sort().values.cpu(), rows) else None
 
 
 def single_number(op: Operation, entry: Tensor) -> bool:
@@ -257,3 +274,4 @@ def take(op: Operation) -> Label:
 
 
 JOINS.update((getitem, index_select, gather))
+REORDERS.update((getitem, index_select))
