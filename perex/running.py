@@ -67,6 +67,7 @@ class Running(Backwards):
         if not losses.requires_grad:
             if any(forward.uses for forward in forwards):
                 raise LossError("losses: they do not depend on the model's outputs, or were computed under no_grad")
+            self.pending = []
             return  # no tracked parameter was used: norms are zero
         weight = torch.full_like(losses, 1 / count if mean and count else 1.0)
         probe, kinds = self.check(losses, weight, forwards)

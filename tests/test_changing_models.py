@@ -245,3 +245,17 @@ def test_what_is_read_may_be_changed():
         px.read(quantity).zero_()
         px.read(quantity, by="parameter")["weight"].zero_()
         assert px.read(quantity).tolist() == [1.0] * B
+
+
+def test_parameters_that_change_after_a_forward_that_used_none_of_them():
+    """Its losses need no gradient: it is over, and not looked at later, with other parameters."""
+    model = nn.ModuleDict({"used": nn.Linear(4, 4), "unused": nn.Linear(4, 4)})
+    model.forward = lambda x: model["used"](x).tanh()
+    with perex.attach(model, params=["unused.*"], param_grads=False) as px:
+        for _ in range(2):
+            px.backward(model(torch.randn(3, 4)).sum(1))
+            assert not px.norms().any()
+            with torch.no_grad():
+                model["used"].weight.add_(1)
+        px.backward(model(torch.randn(3, 4, requires_grad=True)).sum(1))
+        assert not px.norms().any()

@@ -275,6 +275,33 @@ def test_hooks_on_results_that_are_not_read(kind, param_grads):
     assert not seen
 
 
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("audit", [False, True])
+@pytest.mark.parametrize("param_grads", [False, True])
+def test_an_input_that_is_changed_after_it_was_read(cell, param_grads, audit):
+    """Torch keeps a copy where the batch comes first, so this is allowed."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.rnn = nn.Linear(D, D), cell(D, D, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.before(x)
+            x += self.rnn(x)[0]
+            return x.sin().sum((1, 2))
+
+    model, x = Residual().double(), torch.randn(B, 3, D, dtype=torch.float64)
+    expected = []
+    for b in range(B):  # of one example alone, rows lie in order, and torch keeps no copy
+        grads = torch.autograd.grad(model(x)[b], list(model.parameters()))
+        expected.append(sum(grad.square().sum() for grad in grads).sqrt())
+    with perex.attach(model, param_grads=param_grads, audit=audit) as px:
+        for _ in range(2):
+            px.backward(model(x))
+            torch.testing.assert_close(px.norms(), torch.stack(expected))
+
+
 def test_a_projection_that_only_later_steps_would_read():
     """Its gradient arrives at the parameter, as none."""
     model = scramble(nn.LSTM(D, H, proj_size=2)).double()

@@ -66,6 +66,8 @@ class Meeting:
         if rule.multiplies:
             values = [as_read(v) if s is None else v for v, s in zip(values, sources, strict=True)]
         left: object = None
+        if func in CELLS and not kwargs:
+            values = recurring.own_input(func, packed_args, values)
         if func in CELLS and not kwargs and self.forward.record is None and ours(self.forward):
             own, half = self.labels.parameters, torch.is_autocast_enabled(values[0].device.type)
             out, left = recurring.run(func, packed_args, values, own.param_grads or own.sharded or half)

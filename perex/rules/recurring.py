@@ -102,6 +102,14 @@ def by_operator(
     return {number: grad for number, grad in zip(sources, back, strict=True) if grad is not None}
 
 
+def own_input(func: Any, template: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """An operator's tensors, with a copy of the input where torch makes one, so that it may be changed in place."""
+    values, args = list(tensors), unpack(template, tensors)
+    if func not in STEPS and not is_packed(args) and args[8]:  # batch first
+        values[template[0].number] = values[template[0].number].clone()
+    return values
+
+
 def run(func: Any, template: Any, tensors: Sequence[Tensor], bits: bool) -> tuple[Any, Run]:
     """Run one of torch's operators, and keep what its rule will need.
 
