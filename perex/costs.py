@@ -10,7 +10,7 @@ import torch
 
 from perex.capture.forward import Use
 from perex.capture.parameters import Entry
-from perex.factors import Dense, Factor, Few, Pulled, Total
+from perex.factors import Dense, Factor, Few, Piecewise, Total
 from perex.kernels.spot import Spot, at
 from perex.rules.general import GENERAL
 
@@ -57,7 +57,7 @@ def costs_of(uses: Sequence[Use]) -> list[Cost]:
             place, factor = places[entry].pop(0), outline.factor()
             inner = factor.factor if isinstance(factor, Few) else factor
             dense = isinstance(inner, Dense)
-            pulled_back = use.site.parameters[place][1] and isinstance(inner, (Dense, Pulled))
+            pulled_back = use.site.parameters[place][1] and isinstance(inner, (Dense, Piecewise))
             cost.counted &= not pulled_back
             if dense and cost.counted:
                 cost.flops += arrived  # added up

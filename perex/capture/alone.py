@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from perex.capture.carry import tensors_in
+from perex.capture.functions import Applied, node_of
 from perex.capture.labels import plain_name
 from perex.capture.nest import tensors_of
 from perex.capture.operators import body, composite, in_place
@@ -58,6 +59,14 @@ class Replay(TorchFunctionMode):
         self.short = False  # whether it drew something that it had not drawn in the batch
         self.differs: list[Seen] = []
 
+    def wants_function(self, tensors: list[Tensor]) -> bool:
+        """Whether an autograd function takes parameters, and so is an operator to look at."""
+        found = (self.parameters.entries.get(id(tensor)) for tensor in tensors)
+        return any(entry is not None and entry.tracked for entry in found)
+
+    def inside_function(self, func: Any, tensors: list[Tensor]) -> None:
+        """What its forward reads was looked at in the batch."""
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -80,6 +89,8 @@ class Replay(TorchFunctionMode):
                 return self.draw(func, args, kwargs)
             self.short = True
         out = func(*args, **kwargs)
+        if self.back and isinstance(func, Applied):
+            self.functions += node_of(out)
         found = [self.parameters.entries.get(id(tensor)) for tensor in tensors_in(*args, kwargs)]
         key = tuple(sorted(entry.name for entry in found if entry is not None and entry.tracked))
         results = tensors_in(out)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from perex.capture.alone import replay, suspects_alone
 from perex.capture.axis import Axis
-from perex.capture.checks import refuse_recording, run_eagerly
+from perex.capture.checks import refuse_recording
 from perex.capture.doubts import FAINT, STRONG, WEAK
 from perex.capture.forward import Forward
+from perex.capture.functions import in_sight
 from perex.capture.inputs import kind_of
 from perex.capture.labels import Labels
 from perex.capture.nest import map_tensors, tensors_of
@@ -132,7 +133,7 @@ class Auditor:
         if forward.doubt is None and len(record.examples) > FEW:
             last = len(record.examples) - 1
             record.examples = [record.examples[last * k // (FEW - 1)] for k in range(FEW)]
-        self.running, restore = True, run_eagerly()
+        self.running, restore = True, in_sight()
         try:
             seen = replay(record, parameters)
         except Exception as error:
@@ -204,7 +205,7 @@ class Auditor:
         self, suspects: Sequence[Suspect], record: Record, parameters: Parameters, hooks: bool = False
     ) -> PerexError | None:
         """Compare what functions make of gradients, or hooks, with what they make of them for examples alone."""
-        self.running, restore = True, run_eagerly()
+        self.running, restore = True, in_sight()
         try:
             with same_draws():
                 trials = [Trial(suspect) for suspect in suspects]

@@ -14,6 +14,7 @@ from perex.capture.axis import Axis, Held, Label, Lost, Single
 from perex.capture.carry import tensors_in
 from perex.capture.checkpoint import run_recomputation_in, sparing
 from perex.capture.forward import Forward, Tapped
+from perex.capture.functions import Applied, node_of
 from perex.capture.labels import Labels
 from perex.capture.memo import Known, Place
 from perex.capture.parameters import Source
@@ -72,7 +73,14 @@ class Meeting:
             own, half = self.labels.parameters, torch.is_autocast_enabled(values[0].device.type)
             out, left = recurring.run(func, packed_args, values, own.param_grads or own.sharded or half)
         else:
-            out = func(*unpack(packed_args, values), **unpack(packed_kwargs, values))
+            given = values
+            if isinstance(func, Applied) and self.forward.looked_at:  # its backward is looked at, of all that
+                given = [v if s is None else as_leaf(v) for v, s in zip(values, sources, strict=True)]
+            out = func(*unpack(packed_args, given), **unpack(packed_kwargs, given))
+        if isinstance(func, Applied):
+            if any(made is tensor for made in tensors_in(out) for tensor in tensors):
+                raise self.refuse.unsupported(func, "works in place on examples, and takes parameters")
+            self.forward.functions += node_of(out)
         out_axes: list[Held] = []
         for label in self.labels.of_results(func, args, kwargs, out, tensors_in(out)):
             self.refuse.mixed(label)
@@ -284,6 +292,11 @@ def number(call: Call, batch: int) -> None:
     call.axes = [None if axis is None else axis.among(call.examples, batch) for axis in call.axes]
     call.rows = {index: axis.among(call.examples, batch) for index, axis in call.rows.items()}
     call.out_axes = [axis.among(call.examples, batch) for axis in call.out_axes]
+
+
+def as_leaf(value: Tensor) -> Tensor:
+    """A tensor that requires grad, whatever becomes of the gradient."""
+    return value if value.requires_grad else value.detach().requires_grad_()
 
 
 def slots_for(

@@ -19,6 +19,7 @@ from perex.capture.carry import CHOOSES, COUNTS, tensors_in
 from perex.capture.checkpoint import sparing
 from perex.capture.doubts import FAINT, UNSEEN, Doubts
 from perex.capture.forward import Forward
+from perex.capture.functions import Applied, node_of
 from perex.capture.labels import (
     BATCHED,
     CONSTANT,
@@ -139,6 +140,20 @@ class Capture(TorchFunctionMode):
         results = [(tensor, self.labels.batch_label(tensor)) for tensor in tensors_in(out)]
         record.drew(func, given, results)
         return out
+
+    def wants_function(self, tensors: list[Tensor]) -> bool:
+        """Whether an autograd function takes parameters, and so is an operator to look at."""
+        return self.active and torch.is_grad_enabled() and any(self.labels.source(t) is not None for t in tensors)
+
+    def inside_function(self, func: Operator, tensors: list[Tensor]) -> None:
+        """Refuse an autograd function that reads parameters in its forward which it was not given."""
+        entries = (self.parameters.entries.get(id(tensor)) for tensor in tensors)
+        for found in (entry for entry in entries if entry is not None and entry.tracked):
+            raise self.refuse.unsupported(
+                func,
+                f"reads parameter '{found.name}', which is not the tensor that it was given, or not one of them: "
+                "perex cannot follow functions that call modules. If it is a checkpoint, use torch.utils.checkpoint",
+            )
 
     def handle(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Follow one operator."""
@@ -335,6 +350,8 @@ class Capture(TorchFunctionMode):
         stand_ins = [self.labels.stand_in(tensor) for tensor in tensors]
         run_args, run_kwargs = unpack(template, stand_ins)
         out = func(*run_args, **run_kwargs)
+        if isinstance(func, Applied):
+            self.forward.functions += node_of(out)
         if sparing():
             self.meeting.spared()
         entries: dict[Entry, Tensor] = {}

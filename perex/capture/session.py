@@ -17,8 +17,9 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 
 from perex.capture.auditor import Auditor
 from perex.capture.axis import Single
-from perex.capture.checks import check_model, compiling, learns_graph, refuse_batch_statistics, run_eagerly
+from perex.capture.checks import check_model, compiling, learns_graph, refuse_batch_statistics
 from perex.capture.forward import Forward, Receiver
+from perex.capture.functions import in_sight
 from perex.capture.hooks import hook
 from perex.capture.inputs import Layout, batch_size, input_label, packed_in, packed_label
 from perex.capture.memo import Memo
@@ -245,6 +246,7 @@ class Session:
             capture.record = capture.forward.record = self.auditor.record(
                 capture.labels, capture.forward, module, args, kwargs, self.parameters
             )
+        capture.forward.looked_at = capture.record is not None
         layout = tuple([tensor.shape if capture.labels.of(tensor) is None else None for tensor in inputs])
         if batch > 1 and layout[0] is None and len(set(layout)) > 1 and len(self.layouts) < LAYOUTS:
             self.layouts.add(layout)
@@ -256,7 +258,7 @@ class Session:
         self.caller = sys._getframe(3)  # of this function, `enter` and the hook: torch's call of the module
         self.running = True
         self.thread = threading.get_ident()
-        self.restore = run_eagerly()
+        self.restore = in_sight()
         capture.__enter__()
         return True
 
@@ -268,9 +270,10 @@ class Session:
         taken for one example's, but for those that are constants.
         """
         again = Forward(-1, self.receiver, forward.batch, forward.path, forward.tracked)
+        again.looked_at = forward.looked_at
         capture = Capture(self.parameters, again, self.key, self.where, self.recomputing, self.memo)
         before = self.capture, self.running, self.frames, self.caller, self.thread
-        restore = run_eagerly()
+        restore = in_sight()
         # the backward of what is on a GPU runs in a thread of its own
         self.capture, self.running, self.frames, self.caller = capture, True, [], None
         self.thread = threading.get_ident()

@@ -11,6 +11,7 @@ from perex.factors.narrow import Narrow
 from perex.factors.outer import Outer
 from perex.factors.part import Part, Place
 from perex.factors.patches import Patches
+from perex.factors.piecewise import Mapped, Piecewise
 from perex.factors.pulled import Derived, Pulled
 from perex.factors.rows import Rows
 from perex.factors.total import Total
@@ -21,10 +22,12 @@ __all__ = [
     "Derived",
     "Factor",
     "Few",
+    "Mapped",
     "Narrow",
     "Outer",
     "Part",
     "Patches",
+    "Piecewise",
     "Place",
     "Pulled",
     "Rows",

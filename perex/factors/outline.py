@@ -14,11 +14,12 @@ from perex.factors.narrow import Narrow
 from perex.factors.outer import Outer
 from perex.factors.part import Part
 from perex.factors.patches import Patches
+from perex.factors.piecewise import Mapped
 from perex.factors.pulled import Derived, Pulled
 from perex.factors.rows import Rows
 from perex.kernels.spot import Spot
 
-KINDS: tuple[Any, ...] = (Dense, Few, Narrow, Outer, Part, Patches, Pulled, Rows)
+KINDS: tuple[Any, ...] = (Dense, Few, Mapped, Narrow, Outer, Part, Patches, Pulled, Rows)
 
 
 class Spec(NamedTuple):
@@ -80,7 +81,7 @@ def outline(factor: Factor) -> Outline:
             value = Spec(value.shape, value.dtype, value.device.type)
         elif isinstance(value, Factor):
             value = outline(value)
-        elif isinstance(value, Derived):
+        elif isinstance(value, Derived) or callable(value):
             value = None
         fields[name] = value
     return Outline(kind, fields)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from perex.factors.base import Factor
-from perex.factors.dense import Dense
-from perex.kernels.blocks import example_blocks
+from perex.factors.piecewise import Piecewise
 from perex.kernels.plan import Plan
 from perex.kernels.pulling import at_a_time, pulled_back
 
@@ -29,7 +28,7 @@ class Derived:
 
 
 @dataclass(eq=False)
-class Pulled(Factor):
+class Pulled(Piecewise):
     r"""$G_b = J^\top H_b$, with H the gradients of a derived tensor and J its derivative by the parameter.
 
     They are pulled back some examples at a time, so that where they are reduced at once, nothing of the size of batch
@@ -60,16 +59,9 @@ class Pulled(Factor):
         """How many examples are pulled back at a time."""
         return at_a_time(self.batch, max(math.prod(self.shape), math.prod(self.factor.shape)))
 
-    def dense(self, start: int, stop: int) -> Tensor:
-        """See `Factor.dense`."""
-        ranges = example_blocks(stop - start, 0, self.step)
-        parts = [self.pull(self.factor.dense(start + i, start + j)) for i, j in ranges]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def squared_norm(self) -> Tensor:
-        """See `Factor.squared_norm`."""
-        ranges = example_blocks(self.batch, 0, self.step)
-        return torch.cat([Dense(self.dense(i, j)).squared_norm() for i, j in ranges])
+    def made(self, start: int, stop: int) -> Tensor:
+        """See `Piecewise.made`."""
+        return self.pull(self.factor.dense(start, stop))
 
     def plan(self) -> Plan:
         """See `Factor.plan`."""
@@ -79,14 +71,6 @@ class Pulled(Factor):
     def dense_flops(self) -> int:
         """See `Factor.dense_flops`: of the derived tensor's gradients."""
         return self.factor.dense_flops()
-
-    def lasting(self) -> Factor:
-        """See `Factor.lasting`: later, the graph may be gone, or what it leads to may have changed."""
-        return Dense(self.dense(0, self.batch))
-
-    def condensed(self) -> Factor:
-        """See `Factor.condensed`."""
-        return self.lasting()
 
     def take(self, examples: Tensor) -> Factor:
         """See `Factor.take`."""
@@ -100,7 +84,3 @@ class Pulled(Factor):
     def weighted_sum(self, weights: Tensor) -> Tensor:
         r"""See `Factor.weighted_sum`: $J^\top \sum_b w_b H_b$."""
         return self.pull(self.factor.weighted_sum(weights).unsqueeze(0)).squeeze(0).contiguous()
-
-    def pairs(self, other: Factor) -> Tensor:
-        """See `Factor.pairs`: each is pulled back once."""
-        return Dense(self.dense(0, self.batch)).pairs(other)

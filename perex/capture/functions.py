@@ -1,0 +1,124 @@
+"""Autograd functions of the user's own, as operators: their backward says what they make of parameters.
+
+`Fused.apply(x, weight)` goes past function modes, which see what it computes but not what it means. So while a forward
+runs, a call that takes parameters is handed to the mode as one operator, and goes the general path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+
+from perex.capture.carry import tensors_in
+from perex.capture.checks import run_eagerly
+
+FUNCTION: Any = torch.autograd.Function
+
+APPLY: Any = FUNCTION.__dict__["apply"]
+"""Torch's own `Function.apply`, as the class holds it."""
+
+NOT_THE_USERS = ("perex.", "torch.")
+"""Where functions are written that no user wrote."""
+
+
+class Applied:
+    """`apply` of an autograd function, as an operator, for which `perex.operator_rule(Fused.apply)` may give a rule.
+
+    Args:
+        function: the class.
+    """
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.bound = APPLY.__get__(None, function)
+        self.__name__ = f"{function.__name__}.apply"
+        self.looks: Callable[[list[Tensor]], None] | None = None  # at what its forward reads
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the function."""
+        with contextlib.nullcontext() if self.looks is None else Inside(self.looks):
+            return self.bound(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.bound == (other.bound if isinstance(other, Applied) else other))
+
+    def __hash__(self) -> int:
+        return hash(self.bound)
+
+
+class Inside(TorchFunctionMode):
+    """Shows what operators in a function's forward read.
+
+    Args:
+        looks: gets each one's tensors.
+    """
+
+    def __init__(self, looks: Callable[[list[Tensor]], None]) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator."""
+        self.looks(tensors_in(*args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+    """What stands in for `Function.apply`: a mode of perex's that wants to see the call gets it."""
+    mode = _get_current_function_mode()
+    wants = getattr(mode, "wants_function", None)
+    if wants is None or function.__module__.startswith(NOT_THE_USERS) or not wants(tensors_in(*args, kwargs)):
+        return APPLY.__func__(function, *args, **kwargs)
+    operator = Applied(function)
+    with _pop_mode_temporarily() as mode:
+        operator.looks = partial(mode.inside_function, operator)
+        try:
+            return mode.__torch_function__(operator, (), args, kwargs)
+        finally:
+            operator.looks = None  # what is recorded of the call is to hold on to nothing
+
+
+class Watch:
+    """Has `Function.apply` go to perex's modes while a forward runs in some thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.forwards = 0
+
+    def begin(self) -> Callable[[], object]:
+        """A forward begins; what this returns is to be called at its end."""
+        with self.lock:
+            self.forwards += 1
+            FUNCTION.apply = classmethod(apply)
+        return self.end
+
+    def end(self) -> None:
+        """A forward is over."""
+        with self.lock:
+            self.forwards -= 1
+            if not self.forwards:
+                FUNCTION.apply = APPLY
+
+
+FUNCTIONS = Watch()
+
+
+def in_sight() -> Callable[[], object]:
+    """Have code come to function modes that would go past them, compiled or the user's, until this result is called."""
+    restore = run_eagerly()
+    end = FUNCTIONS.begin()
+    return lambda: (end(), restore())
+
+
+def node_of(out: Any) -> list[Any]:
+    """The node of a function in the graph of what it gave; none where nothing of that requires grad."""
+    nodes = (tensor.grad_fn for tensor in tensors_in(out))
+    return [node for node in nodes if node is not None][:1]

@@ -1,0 +1,322 @@
+"""Autograd functions of the user's own that take parameters: operators like any other."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from oracle import Bare, check, refused
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import perex
+
+B, T, D = 4, 3, 5
+
+PLAIN = torch.autograd.Function.__dict__["apply"]
+
+
+def data(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+class Sign(torch.autograd.Function):
+    """Straight through, within limits, as in binary networks."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.limit = limit
+        return weight.sign()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return grad * (weight.abs() < ctx.limit), None
+
+
+class Steps(torch.autograd.Function):
+    """Learned step sizes: two parameters, neither with the gradient that the forward has."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, step: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, step)
+        return (weight / step).round() * step
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weight, step = ctx.saved_tensors
+        return grad, (grad * ((weight / step).round() - weight / step)).sum().reshape(step.shape)
+
+
+class Linear(torch.autograd.Function):
+    """The layer of torch's own tutorial, for any number of positions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
+        return grad @ weight, grads.T @ rows, grads.sum(0) if ctx.biased else None
+
+
+class Norm(torch.autograd.Function):
+    """RMS norm with a scale, as fused kernels write it; it returns its statistics, too."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        inverse = x.square().mean(-1, keepdim=True).add(eps).rsqrt()
+        return x * inverse * scale, inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, scale, _ = inputs
+        ctx.save_for_backward(x, scale, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        x, scale, inverse = ctx.saved_tensors
+        normal, scaled = x * inverse, grad * scale
+        to_x = inverse * (scaled - normal * (scaled * normal).mean(-1, keepdim=True))
+        return to_x, (grad * normal).flatten(0, -2).sum(0), None
+
+
+class Mapped(torch.autograd.Function):
+    """One that says how to be mapped."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        return x * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, scale = ctx.saved_tensors
+        return grad * scale, (grad * x).sum_to_size(scale.shape)
+
+
+class Table(torch.autograd.Function):
+    """A look-up."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows = len(table)
+        return table[ids]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (ids,) = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        return None, grad.new_zeros(ctx.rows, grad.shape[-1]).index_add(0, ids.flatten(), flat)
+
+
+MODELS: dict[str, Any] = {
+    "straight through": (lambda m, x: F.linear(x, Sign.apply(m.w, 1.0)), {"w": "55"}),
+    "behind an operator": (lambda m, x: F.linear(x, Sign.apply(m.w.tanh() * 2, 1.0)), {"w": "55"}),
+    "in front of one": (lambda m, x: F.linear(x, Sign.apply(m.w, 1.0) * m.s), {"w": "55", "s": "51"}),
+    "two parameters": (lambda m, x: F.linear(x, Steps.apply(m.w, m.s)), {"w": "55", "s": "1"}),
+    "linear": (lambda m, x: Linear.apply(x.sin(), m.w, m.b), {"w": "55", "b": "5"}),
+    "no bias": (lambda m, x: Linear.apply(x, m.w, None), {"w": "55"}),
+    "a derived weight": (lambda m, x: Linear.apply(x, m.w * m.s, m.b), {"w": "55", "b": "5", "s": "51"}),
+    "twice": (lambda m, x: Linear.apply(Linear.apply(x, m.w, m.b).tanh(), m.w, m.b), {"w": "55", "b": "5"}),
+    "tied": (lambda m, x: F.linear(Linear.apply(x, m.w, m.b).tanh(), m.w), {"w": "55", "b": "5"}),
+    "norm": (lambda m, x: Norm.apply(x, m.s, 1e-6)[0], {"s": "5"}),
+    "norms in a row": (
+        lambda m, x: Norm.apply(F.linear(Norm.apply(x, m.s, 1e-6)[0], m.w), m.s, 0.1)[0],
+        {"w": "55", "s": "5"},
+    ),
+    "mapped": (lambda m, x: Mapped.apply(x, m.s), {"s": "5"}),
+    "one number": (lambda m, x: Mapped.apply(x.sin(), m.s), {"s": ""}),
+    "in a checkpoint": (
+        lambda m, x: checkpoint(lambda h: Linear.apply(h, m.w, m.b).sin(), x * 2, use_reentrant=False),
+        {"w": "55", "b": "5"},
+    ),
+}
+
+
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_functions_that_take_parameters(name, positions):
+    forward, shapes = MODELS[name]
+    model = Bare(lambda m, x: m.last(forward(m, x)), **shapes)
+    model.last = nn.Linear(D, 2)
+    check(model, (data(B, T, D) if positions else data(B, D),))
+    assert torch.autograd.Function.__dict__["apply"] is PLAIN
+
+
+def test_a_look_up():
+    model = Bare(lambda m, ids: m.last(Table.apply(ids, m.table).tanh()), table="75")
+    model.last = nn.Linear(D, 2)
+    check(model, (torch.randint(0, 7, (B, T)),))
+
+
+class Averaged(Linear):
+    """Its input's gradient is of the whole batch."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        found = Linear.backward(ctx, grad)
+        return found[0] - found[0].mean(0), *found[1:]
+
+
+class Clipped(Linear):
+    """Its weight's gradient is not in proportion to the loss."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        found = Linear.backward(ctx, grad)
+        return found[0], found[1].clamp(-0.01, 0.01), *found[2:]
+
+
+class ClippedSign(Sign):
+    """The same, of a parameter alone."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return Sign.backward(ctx, grad)[0].clamp(-0.01, 0.01), None
+
+
+class Centred(torch.autograd.Function):
+    """It mixes examples in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        return x - x.mean(0) + bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad - grad.mean(0), grad.sum(0)
+
+
+class Checkpoint(torch.autograd.Function):
+    """It runs a part of the model, and is given that part's parameters so that these get their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.run, ctx.x, ctx.parameters = run, x, parameters
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with torch.enable_grad():
+            x = ctx.x.detach().requires_grad_()
+            found = ctx.run(x)
+        return None, *torch.autograd.grad(found, [x, *ctx.parameters], grad, allow_unused=True)
+
+
+class Added(torch.autograd.Function):
+    """It works in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, grad.sum(0)
+
+
+REFUSED: dict[str, Any] = {
+    "mixes gradients": lambda m, x: Averaged.apply(m.first(x), m.w, m.b),
+    "clips": lambda m, x: Clipped.apply(m.first(x), m.w, m.b),
+    "clips, first of all": lambda m, x: Clipped.apply(x, m.w, m.b),
+    "clips a parameter's": lambda m, x: F.linear(m.first(x), ClippedSign.apply(m.w, 1.0)),
+    "mixes examples": lambda m, x: Centred.apply(m.first(x), m.b),
+    "reads others": lambda m, x: Checkpoint.apply(m.first, x, *m.first.parameters()) + m.b,
+    "in place": lambda m, x: Added.apply(m.first(x), m.b),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name):
+    model = Bare(lambda m, x: m.last(REFUSED[name](m, x)), w="55", b="5")
+    model.first, model.last = nn.Linear(D, D), nn.Linear(D, 2)
+    refused(model, (data(B, D),))
+    assert torch.autograd.Function.__dict__["apply"] is PLAIN
+
+
+def test_a_forward_that_fails_leaves_torch_as_it_was():
+    class Failing(Linear):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            raise ValueError("in the forward")
+
+    model = Bare(lambda m, x: Failing.apply(x, m.w, None), w="55").double()
+    with perex.attach(model), pytest.raises(ValueError, match="in the forward"):
+        model(data(B, D))
+    assert torch.autograd.Function.__dict__["apply"] is PLAIN
+
+
+def test_functions_in_other_threads_are_none_of_its_business():
+    """While a forward runs here, another thread trains a model of its own."""
+    seen, other = [], Bare(lambda m, x: Linear.apply(x, m.w, None), w="55").double()
+
+    def elsewhere() -> None:
+        other(data(B, D)).sum().backward()
+        seen.append(other.w.grad is not None)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return Linear.apply(x, m.w, None)
+
+    check(Bare(forward, w="55"), (data(B, D),))
+    assert seen and all(seen)
+
+
+def test_clipping_with_functions():
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return Linear.apply(Norm.apply(x, m.s, 1e-6)[0], Sign.apply(m.w, 1.0), m.b)
+
+    model = Bare(forward, w="55", s="5", b="5")
+    model, x = model.double(), data(B, D)
+    rows = [torch.autograd.grad(model(x[b : b + 1]).sin().sum(), list(model.parameters())) for b in range(B)]
+    norms = torch.stack([sum(g.square().sum() for g in row).sqrt() for row in rows])
+    with perex.attach(model, param_grads=False) as px:
+        px.backward(model(x).sin().sum(1))
+        px.clip_(max_norm=1.0)
+        torch.testing.assert_close(px.norms(), norms)
+    for place, parameter in enumerate(model.parameters()):
+        clipped = sum(row[place] * (1 / norm).clamp_max(1) for row, norm in zip(rows, norms, strict=True))
+        torch.testing.assert_close(parameter.grad, clipped)
+
+
+def test_a_rule_for_a_function():
+    """Users of fused kernels can say how these go backward, as for any operator."""
+
+    class Fused(Linear):
+        pass
+
+    @perex.operator_rule(Fused.apply, arguments="x weight bias", parameters="weight bias", saves={"weight": "x"})
+    def fused(captured: Any) -> dict[str, Any]:
+        grads = captured.grad.flatten(1, -2)
+        factors = {"bias": perex.factors.Dense(grads.sum(1))}
+        if captured.wants("weight"):
+            rows = captured.examples("x").flatten(1, -2)
+            factors["weight"] = perex.factors.Outer(grads, rows, captured.shape("weight"))
+        return factors
+
+    model = Bare(lambda m, x: m.last(Fused.apply(x, m.w, m.b).tanh()), w="55", b="5")
+    model.last = nn.Linear(D, 2)
+    check(model, (data(B, T, D),))
+    with perex.attach(model) as px:
+        model(data(B, T, D)).sum((1, 2)).mean().backward()
+        assert "fused" in str(px.report())
