@@ -317,6 +317,6 @@ def test_a_rule_for_a_function():
     model = Bare(lambda m, x: m.last(Fused.apply(x, m.w, m.b).tanh()), w="55", b="5")
     model.last = nn.Linear(D, 2)
     check(model, (data(B, T, D),))
-    with perex.attach(model) as px:
+    with perex.attach(model.double()) as px:
         model(data(B, T, D)).sum((1, 2)).mean().backward()
         assert "fused" in str(px.report())
