@@ -23,7 +23,7 @@ from perex.capture.carry import tensors_in
 from perex.capture.functions import Applied, node_of
 from perex.capture.labels import plain_name
 from perex.capture.nest import tensors_of
-from perex.capture.operators import body, composite, in_place
+from perex.capture.operators import body, by_holders, composite, in_place
 from perex.capture.parameters import Parameters
 from perex.capture.record import Record, Sample, Seen, close, draws, sampled
 from perex.capture.rewrites import rewritten
@@ -72,6 +72,8 @@ class Replay(TorchFunctionMode):
     ) -> Any:
         """Run one operator."""
         kwargs = kwargs or {}
+        if (out := by_holders(self, func, types, args, kwargs)) is not NotImplemented:
+            return out
         if func is Tensor.register_hook:  # no gradients come here
             if self.back:
                 self.hooks.append(of_hook((*args[1:], *kwargs.values())[0], args[0]))

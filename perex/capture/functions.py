@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from perex.capture.carry import tensors_in
 from perex.capture.checks import run_eagerly
 
-FUNCTION: Any = torch.autograd.Function
-
-APPLY: Any = FUNCTION.__dict__["apply"]
-"""Torch's own `Function.apply`, as the class holds it."""
+UNDER: Any = _SingleLevelFunction
+"""What `torch.autograd.Function` derives from: its `apply` is what `Function.apply` calls, also where somebody holds on
+to that, as in `linear = Linear.apply`."""
 
 NOT_THE_USERS = ("perex.", "torch.")
 """Where functions are written that no user wrote."""
@@ -36,7 +36,7 @@ class Applied:
     """
 
     def __init__(self, function: type[torch.autograd.Function]) -> None:
-        self.bound = APPLY.__get__(None, function)
+        self.bound = function.apply
         self.__name__ = f"{function.__name__}.apply"
         self.looks: Callable[[list[Tensor]], None] | None = None  # at what its forward reads
 
@@ -72,11 +72,11 @@ class Inside(TorchFunctionMode):
 
 
 def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-    """What stands in for `Function.apply`: a mode of perex's that wants to see the call gets it."""
+    """What `Function.apply` calls while a forward runs: a mode of perex's that wants to see the call gets it."""
     mode = _get_current_function_mode()
     wants = getattr(mode, "wants_function", None)
     if wants is None or function.__module__.startswith(NOT_THE_USERS) or not wants(tensors_in(*args, kwargs)):
-        return APPLY.__func__(function, *args, **kwargs)
+        return super(UNDER, function).apply(*args, **kwargs)
     operator = Applied(function)
     with _pop_mode_temporarily() as mode:
         operator.looks = partial(mode.inside_function, operator)
@@ -87,7 +87,7 @@ def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) ->
 
 
 class Watch:
-    """Has `Function.apply` go to perex's modes while a forward runs in some thread."""
+    """Has calls of `Function.apply` go to perex's modes while a forward runs in some thread."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -97,7 +97,7 @@ class Watch:
         """A forward begins; what this returns is to be called at its end."""
         with self.lock:
             self.forwards += 1
-            FUNCTION.apply = classmethod(apply)
+            UNDER.apply = classmethod(apply)
         return self.end
 
     def end(self) -> None:
@@ -105,7 +105,7 @@ class Watch:
         with self.lock:
             self.forwards -= 1
             if not self.forwards:
-                FUNCTION.apply = APPLY
+                del UNDER.apply
 
 
 FUNCTIONS = Watch()

@@ -42,6 +42,7 @@ from perex.capture.operators import (
     READS_FIRST,
     UNFOLLOWED,
     body,
+    by_holders,
     composite,
     in_place,
     out_of_place,
@@ -126,6 +127,8 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Run one operator, and follow what it does."""
         kwargs = kwargs or {}
+        if self.active and (out := by_holders(self, func, types, args, kwargs)) is not NotImplemented:
+            return out
         if self.record is None or not self.active:
             return self.handle(func, args, kwargs)
         self.forward.functions += [t.grad_fn for t in tensors_in(*args, kwargs) if of_user(t.grad_fn)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from perex.capture.carry import FAMILIES
 
@@ -79,6 +80,20 @@ DUNDERS = {
     "__ilshift__": "bitwise_left_shift",
     "__irshift__": "bitwise_right_shift",
 }
+
+
+def by_holders(mode: TorchFunctionMode, func: Callable[..., Any], kinds: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator gives on objects that hold tensors and say what torch's operators do with them.
+
+    What they do is run in the mode. `NotImplemented` where there are none, or none says.
+    """
+    for kind in kinds:
+        if not issubclass(kind, Tensor):
+            with mode:
+                out = kind.__torch_function__(func, kinds, args, kwargs)
+            if out is not NotImplemented:
+                return out
+    return NotImplemented
 
 
 @functools.cache
