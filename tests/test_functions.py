@@ -246,6 +246,7 @@ REFUSED: dict[str, Any] = {
     "clips a parameter's": lambda m, x: F.linear(m.first(x), ClippedSign.apply(m.w, 1.0)),
     "mixes examples": lambda m, x: Centred.apply(m.first(x), m.b),
     "reads others": lambda m, x: Checkpoint.apply(m.first, x, *m.first.parameters()) + m.b,
+    "a derived weight in place": lambda m, x: F.linear(m.first(x), Added.apply(m.w * 2, m.b)),
     "in place": lambda m, x: Added.apply(m.first(x), m.b),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 from perex.capture.carry import tensors_in
 from perex.capture.checks import run_eagerly
+from perex.capture.refusals import Refusals
 
 UNDER: Any = _SingleLevelFunction
 """What `torch.autograd.Function` derives from: its `apply` is what `Function.apply` calls, also where somebody holds on
@@ -118,7 +119,14 @@ def in_sight() -> Callable[[], object]:
     return lambda: (end(), restore())
 
 
-def node_of(out: Any) -> list[Any]:
-    """The node of a function in the graph of what it gave; none where nothing of that requires grad."""
-    nodes = (tensor.grad_fn for tensor in tensors_in(out))
+def node_of(func: Applied, out: Any, given: Sequence[Tensor], refuse: Refusals) -> list[Any]:
+    """The node of a function in the graph of what it gave; none where nothing of that requires grad.
+
+    Raises:
+        UnsupportedError: it has changed what it was given.
+    """
+    results = tensors_in(out)
+    if any(made is tensor for made in results for tensor in given):
+        raise refuse.unsupported(func, "works in place and takes parameters, which perex does not follow")
+    nodes = (tensor.grad_fn for tensor in results)
     return [node for node in nodes if node is not None][:1]

@@ -78,9 +78,7 @@ class Meeting:
                 given = [v if s is None else as_leaf(v) for v, s in zip(values, sources, strict=True)]
             out = func(*unpack(packed_args, given), **unpack(packed_kwargs, given))
         if isinstance(func, Applied):
-            if any(made is tensor for made in tensors_in(out) for tensor in tensors):
-                raise self.refuse.unsupported(func, "works in place on examples, and takes parameters")
-            self.forward.functions += node_of(out)
+            self.forward.functions += node_of(func, out, given, self.refuse)
         out_axes: list[Held] = []
         for label in self.labels.of_results(func, args, kwargs, out, tensors_in(out)):
             self.refuse.mixed(label)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,10 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from perex.capture.axis import Axis, Lost
 from perex.capture.carry import CHOOSES, COUNTS, tensors_in
-from perex.capture.checkpoint import sparing
+from perex.capture.deriving import Deriving
 from perex.capture.doubts import FAINT, UNSEEN, Doubts
 from perex.capture.forward import Forward
-from perex.capture.functions import Applied, node_of
 from perex.capture.labels import (
     BATCHED,
     CONSTANT,
@@ -47,14 +45,13 @@ from perex.capture.operators import (
     in_place,
     out_of_place,
 )
-from perex.capture.parameters import Entry, Parameters, Shared
+from perex.capture.parameters import Parameters, Shared
 from perex.capture.probe import closed_over, watched
 from perex.capture.record import Record, draws
 from perex.capture.refusals import Refusals
 from perex.capture.rewrites import rewritten
-from perex.capture.spread import SPREADS, Spread, origin_of
+from perex.capture.spread import Spread
 from perex.capture.suspects import of_hook, of_user
-from perex.capture.taps import Guard
 from perex.capture.writes import Writes
 from perex.rules.broadcast import fill
 from perex.rules.call import pack, unpack
@@ -115,6 +112,7 @@ class Capture(TorchFunctionMode):
         self.labels = self.doubts.labels = Labels(parameters, key, forward.number, forward.batch, self.doubts.add)
         self.writes = Writes(self)
         self.meeting = Meeting(forward, self.labels, self.refuse, partial(recomputing, forward))
+        self.deriving = Deriving(forward, self.labels, self.doubts, self.refuse, self.meeting.spared)
         self.spread = Spread(self.labels, self.meeting, self.call)
         self.active = True
         self.record: Record | None = None  # of examples to run alone later
@@ -245,7 +243,7 @@ class Capture(TorchFunctionMode):
         if kinds & SHARED and kinds & (BATCHED | LOST):
             return self.meet(func, args, kwargs)
         if kinds & SHARED and (not kinds & COUNTED or self.chosen(func, marks)):
-            return self.derive(func, args, kwargs)
+            return self.deriving.operator(func, args, kwargs)
         if kinds & SHARED:
             return self.meet(func, args, kwargs)
         return self.follow(func, args, kwargs, marks, bool(kinds & UNTRACKED), bool(kinds & FOREIGN))
@@ -343,56 +341,6 @@ class Capture(TorchFunctionMode):
             self.doubts.add(plain_name(func), lost)
             return True
         return False
-
-    # Parameters without examples
-
-    def derive(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operator on parameters and constants alone: its results are shared too."""
-        tensors: list[Tensor] = []
-        template = pack((args, kwargs), tensors)
-        stand_ins = [self.labels.stand_in(tensor) for tensor in tensors]
-        run_args, run_kwargs = unpack(template, stand_ins)
-        out = func(*run_args, **run_kwargs)
-        if isinstance(func, Applied):
-            self.forward.functions += node_of(out)
-        if sparing():
-            self.meeting.spared()
-        entries: dict[Entry, Tensor] = {}
-        for tensor in tensors:
-            source = self.labels.source(tensor)
-            if isinstance(source, Shared):
-                entries.update(zip(source.entries, source.stand_ins, strict=True))
-            elif source is not None:
-                entries[source] = self.parameters.read(source)
-        self.labels.derived.update(entries)
-        if args and (in_place(func) or func is Tensor.__setitem__):
-            self.labels.rewritten = True
-            if isinstance(args[0], Tensor) and isinstance(held := self.labels.of(args[0]), Shared):
-                self.labels.mark(args[0], Shared(held.tensor, tuple(entries), tuple(entries.values())))
-        same = {id(stand_in): tensor for stand_in, tensor in zip(stand_ins, tensors, strict=True)}
-        origin = None if in_place(func) or func is Tensor.__setitem__ else origin_of(self.labels, func, args, kwargs)
-        shown = self.labels.source(args[0]) if func in SPREADS and args else None
-        count = itertools.count()
-        names = ", ".join(entry.name for entry in entries)
-
-        def guarded(tensor: Tensor) -> Tensor:
-            index = next(count)
-            if id(tensor) in same:  # an in-place operator, or one that had nothing to do
-                return same[id(tensor)]
-            if not tensor.requires_grad:
-                self.doubts.made([tensor])
-                return tensor
-            held: Tensor = Guard.apply(self.forward, names, self.parameters.param_grads, tensor)
-            made = None if origin is None else origin._replace(place=index, version=held._version)
-            again = shown if isinstance(shown, Shared) else None
-            self.labels.mark(held, Shared(tensor, tuple(entries), tuple(entries.values()), origin=made, shown=again))
-            return held
-
-        produced: list[Tensor] = []
-        template = pack(out, produced)
-        if not produced and isinstance(out, tuple):  # a named result, as `torch.max` has
-            return type(out)(map(guarded, out))
-        return unpack(template, [guarded(tensor) for tensor in produced])
 
     # Where parameters meet examples
 

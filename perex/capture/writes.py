@@ -63,7 +63,7 @@ class Writes:
                 return
             piece = target[index]
             while value.dim() > piece.dim():  # as torch does: leading dimensions of size one may be too many
-                value = self.capture.derive(Tensor.squeeze, (value, 0), {})
+                value = self.capture.deriving.operator(Tensor.squeeze, (value, 0), {})
             label = self.labels.of_results(Tensor.__getitem__, (target, index), {}, piece, [piece])[0]
             self.labels.mark(piece, label)
             target[index] = self.capture.meet(fill, (piece, value), {})
@@ -71,11 +71,11 @@ class Writes:
         held = self.labels.of(target)
         own = isinstance(held, Shared) and held.tensor.data_ptr() == target.data_ptr()
         if torch.is_grad_enabled() and own and not kinds & BATCHED:
-            self.capture.derive(Tensor.__setitem__, (target, index, value), {})
+            self.capture.deriving.operator(Tensor.__setitem__, (target, index, value), {})
             return
         fresh = (held is None and not target.requires_grad) or isinstance(held, Shared)
         if torch.is_grad_enabled() and shared and fresh and target._base is None and not kinds & (BATCHED | LOST):
-            written = self.capture.derive(put, (target, index, value), {})
+            written = self.capture.deriving.operator(put, (target, index, value), {})
             target.copy_(written)  # from here on it derives from parameters
             self.labels.mark(target, self.labels.of(written))
             return

@@ -179,7 +179,7 @@ def rows_and_patches(x: Tensor, grads: Tensor, geometry: Geometry) -> Iterator[t
 def unfolded(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     r"""$\|\sum_p g_p u_p^\top\|^2$ with the patches unfolded, a few examples at a time; see `perex.kernels.outer`."""
     if _of_patches(x.shape, grads.shape, geometry).way == "direct":
-        return torch.cat([whole_squares(gradients) for gradients in patches_multiplied(x, grads, geometry)])
+        return torch.cat([whole_squares(product) for product, _ in products(x, grads, geometry)])
     return torch.cat([outer.squared_norm(*both) for both in rows_and_patches(x, grads, geometry)])
 
 
@@ -197,19 +197,23 @@ def _patches_multiplied(x: torch.Size, grads: torch.Size, geometry: Geometry) ->
     return _with_patches(x, grads, geometry, Plan("unfolded", flops, several * entries, x[0] * entries))
 
 
+def products(x: Tensor, grads: Tensor, geometry: Geometry) -> Iterator[tuple[Tensor, bool]]:
+    r"""$\sum_p g_p u_p^\top$ of some examples, `(b, G, m, n)`, from unfolded patches; and whether it is transposed.
+
+    So it is where the product is faster that way round.
+    """
+    for rows, columns in rows_and_patches(x, grads, geometry):
+        transposed = columns.shape[-1] % LANES > 0 and rows.shape[-1] % LANES == 0
+        left, right = (columns, rows) if transposed else (rows, columns)
+        step = block_size(len(x), geometry.weight_shape.numel())
+        for one, other in zip(left.split(step), right.split(step), strict=True):
+            yield one.mT @ other, transposed
+
+
 def patches_multiplied(x: Tensor, grads: Tensor, geometry: Geometry) -> Iterator[Tensor]:
     """$G_b$ of some examples, `(b, *weight_shape)`, from unfolded patches."""
-    for rows, columns in rows_and_patches(x, grads, geometry):
-        step = block_size(len(x), geometry.weight_shape.numel())
-        for one, other in zip(rows.split(step), columns.split(step), strict=True):
-            yield product_of(one, other).reshape(-1, *geometry.weight_shape)
-
-
-def product_of(rows: Tensor, columns: Tensor) -> Tensor:
-    """$\\sum_t r_t c_t^\\top$, of `(b, G, T, m)` and `(b, G, T, n)`; by way of its transpose where that is faster."""
-    if columns.shape[-1] % LANES and rows.shape[-1] % LANES == 0:
-        return (columns.mT @ rows).mT
-    return rows.mT @ columns
+    for product, transposed in products(x, grads, geometry):
+        yield (product.mT if transposed else product).reshape(-1, *geometry.weight_shape)
 
 
 Multiplied = Callable[[Tensor, Tensor, Geometry], Iterator[Tensor]]

@@ -1,0 +1,90 @@
+"""Where parameters meet no examples: what derives from them alone is theirs, too."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from perex.capture.checkpoint import sparing
+from perex.capture.doubts import Doubts
+from perex.capture.forward import Forward
+from perex.capture.functions import Applied, node_of
+from perex.capture.labels import Labels
+from perex.capture.operators import in_place
+from perex.capture.parameters import Entry, Shared
+from perex.capture.refusals import Refusals
+from perex.capture.spread import SPREADS, origin_of
+from perex.capture.taps import Guard
+from perex.rules.call import pack, unpack
+
+
+class Deriving:
+    """Runs operators on parameters and constants, and puts guards behind what they give.
+
+    Args:
+        forward: the forward that is running.
+        labels: of its tensors.
+        doubts: about constants.
+        refuse: makes errors.
+        spared: has the running checkpoint, if there is one, find all this again when it recomputes.
+    """
+
+    def __init__(
+        self, forward: Forward, labels: Labels, doubts: Doubts, refuse: Refusals, spared: Callable[[], None]
+    ) -> None:
+        self.forward = forward
+        self.labels = labels
+        self.doubts = doubts
+        self.refuse = refuse
+        self.spared = spared
+
+    def operator(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator on parameters and constants alone: its results are shared too."""
+        tensors: list[Tensor] = []
+        template = pack((args, kwargs), tensors)
+        stand_ins = [self.labels.stand_in(tensor) for tensor in tensors]
+        run_args, run_kwargs = unpack(template, stand_ins)
+        out = func(*run_args, **run_kwargs)
+        if isinstance(func, Applied):
+            self.forward.functions += node_of(func, out, stand_ins, self.refuse)
+        if sparing():
+            self.spared()
+        entries: dict[Entry, Tensor] = {}
+        for tensor in tensors:
+            source = self.labels.source(tensor)
+            if isinstance(source, Shared):
+                entries.update(zip(source.entries, source.stand_ins, strict=True))
+            elif source is not None:
+                entries[source] = self.labels.parameters.read(source)
+        self.labels.derived.update(entries)
+        if args and (in_place(func) or func is Tensor.__setitem__):
+            self.labels.rewritten = True
+            if isinstance(args[0], Tensor) and isinstance(held := self.labels.of(args[0]), Shared):
+                self.labels.mark(args[0], Shared(held.tensor, tuple(entries), tuple(entries.values())))
+        same = {id(stand_in): tensor for stand_in, tensor in zip(stand_ins, tensors, strict=True)}
+        origin = None if in_place(func) or func is Tensor.__setitem__ else origin_of(self.labels, func, args, kwargs)
+        shown = self.labels.source(args[0]) if func in SPREADS and args else None
+        count = itertools.count()
+        names = ", ".join(entry.name for entry in entries)
+
+        def guarded(tensor: Tensor) -> Tensor:
+            index = next(count)
+            if id(tensor) in same:  # an in-place operator, or one that had nothing to do
+                return same[id(tensor)]
+            if not tensor.requires_grad:
+                self.doubts.made([tensor])
+                return tensor
+            held: Tensor = Guard.apply(self.forward, names, self.labels.parameters.param_grads, tensor)
+            made = None if origin is None else origin._replace(place=index, version=held._version)
+            again = shown if isinstance(shown, Shared) else None
+            self.labels.mark(held, Shared(tensor, tuple(entries), tuple(entries.values()), origin=made, shown=again))
+            return held
+
+        produced: list[Tensor] = []
+        template = pack(out, produced)
+        if not produced and isinstance(out, tuple):  # a named result, as `torch.max` has
+            return type(out)(map(guarded, out))
+        return unpack(template, [guarded(tensor) for tensor in produced])
