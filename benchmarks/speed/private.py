@@ -58,16 +58,20 @@ def made(engine: Any, case: Case, model: nn.Module, x: Tensor, **options: Any) -
 
 
 def stepping(model: Any, optimizer: Any, criterion: Any, x: Tensor, y: Tensor) -> Step:
-    """One step after the other; the first, without noise, returns the clipped sum in one vector."""
+    """One step after the other; the first, without noise, returns what makes of the clipped sum one vector.
 
-    def step() -> Tensor | None:
+    Only where that is called: two more copies of all parameters would count as memory of the step.
+    """
+
+    def step() -> Callable[[], Tensor] | None:
         optimizer.zero_grad()
         criterion(model(x), y).backward()
         optimizer.step()
         if optimizer.noise_multiplier:
             return None
         optimizer.noise_multiplier = 1.0
-        return torch.cat([p.grad.flatten() for p in optimizer.params]) * len(x)
+        grads = [p.grad for p in optimizer.params]
+        return lambda: torch.cat([grad.flatten() for grad in grads]) * len(x)
 
     return step
 

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 
 import perex
 
-Step = Callable[[], Tensor | None]  # one step; norms (B,), where it gives them
+Step = Callable[[], Tensor | Callable[[], Tensor] | None]  # one step; norms (B,), or other numbers, where it gives them
 
 
 class Unsupported(Exception):
