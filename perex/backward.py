@@ -54,6 +54,7 @@ class Backwards:
         latest: the latest forward.
         pending: forwards since the last backward.
         result: what the last backward brought.
+        interrupted: what was brought by those in which that one runs, or that did not come to their end.
     """
 
     session: Session
@@ -81,6 +82,7 @@ class Backwards:
         self.latest: Forward | None = None
         self.pending: list[weakref.ref[Forward]] = []
         self.result: Result | None = None
+        self.interrupted: list[Result] = []
         self.losses: int | None = None
         self.scale: float | None = None
         self.probe: Probe | None = None
@@ -89,6 +91,8 @@ class Backwards:
 
     def began(self, forward: Forward) -> None:
         """A forward begins."""
+        if torch._C._current_graph_task_id() == -1:
+            self.interrupted.clear()  # by errors, then
         self.latest = forward
         if self.result is not None:
             self.keep = False if self.keep is None and self.result.finished else self.keep  # nobody asked
@@ -244,8 +248,9 @@ class Backwards:
             UnsupportedError(
                 f"parameter '{name}' got a gradient from a use that perex did not see: outside the model's forward "
                 "(a penalty added to the loss, say), in a forward before perex was attached, in compiled or scripted "
-                "code, or in a custom autograd function that takes the parameter. Move that use into the model's "
-                "forward, run it uncompiled, write it in plain operators, or leave the parameter out with `params=`"
+                "code, in a reentrant checkpoint, or in a custom autograd function that finds the parameter by itself. "
+                "Move that use into the model's forward, run it uncompiled, checkpoint with use_reentrant=False, write "
+                "it in plain operators, or leave the parameter out with `params=`"
             )
         )
 
@@ -257,6 +262,11 @@ class Backwards:
         result = self.result
         if result is not None and result.task == task:
             return result
+        if (outer := next((one for one in self.interrupted if one.task == task), None)) is not None:
+            self.resume(outer)
+            return outer
+        if result is not None and not result.finished:
+            self.interrupted.append(result)
         waiting = [found for ref in self.pending if (found := ref()) is not None]
         alone = all(found is forward for found in waiting)
         number = self.latest.number if self.latest is not None else 0
@@ -269,6 +279,8 @@ class Backwards:
         if (result.keep or self.low) and self.param_grads:
             parameters = self.session.parameters
             result.remember(parameters.holders(parameters.tracked()))
+        if self.result is not None and self.result.task > task and self.result.error is not None:
+            result.refuse(self.result.error)  # autograd counts up: it ran inside this one
         self.result = result
         torch.autograd.Variable._execution_engine.queue_callback(partial(self.over, result))
         self.pending = []
@@ -285,8 +297,22 @@ class Backwards:
                 )
         return result
 
+    def resume(self, result: Result) -> None:
+        """Go on with a backward in which another one ran, as in a checkpoint's or a function's own backward.
+
+        What was wrong with that one is wrong with both: it is a part of the same gradients.
+        """
+        place = self.interrupted.index(result)
+        for inner in [*self.interrupted[place + 1 :], self.result]:
+            if inner is not None and inner.error is not None:
+                result.refuse(inner.error)
+        del self.interrupted[place:]
+        self.result = result
+
     def over(self, result: Result) -> None:
         """A backward has come to its end."""
+        if result in self.interrupted:
+            self.resume(result)
         result.finish()
         for forward in result.shares:
             forward.readers.clear()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -189,6 +191,43 @@ class Clipped(Linear):
         return found[0], found[1].clamp(-0.01, 0.01), *found[2:]
 
 
+class Sized(Linear):
+    """Its weight's gradient depends on how many examples there are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+        ctx.count = count
+        return Linear.forward(ctx, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        to_x, to_weight, to_bias = Linear.backward(ctx, grad)
+        return to_x, to_weight / ctx.count, to_bias, None
+
+
+class CentredGradients(Linear):
+    """Its weight's gradient mixes examples."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad @ ctx.saved_tensors[1], *Linear.backward(ctx, grad - grad.mean(0))[1:]
+
+
+class Counting(torch.autograd.Function):
+    """It keeps a statistic."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, seen: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        seen += 1
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, scale = ctx.saved_tensors
+        return grad * scale, (grad * x).sum(0), None
+
+
 class ClippedSign(Sign):
     """The same, of a parameter alone."""
 
@@ -245,6 +284,9 @@ REFUSED: dict[str, Any] = {
     "clips, first of all": lambda m, x: Clipped.apply(x, m.w, m.b),
     "clips a parameter's": lambda m, x: F.linear(m.first(x), ClippedSign.apply(m.w, 1.0)),
     "mixes examples": lambda m, x: Centred.apply(m.first(x), m.b),
+    "minds how many there are": lambda m, x: Sized.apply(m.first(x), m.w, m.b, len(x)),
+    "mixes a weight's gradients": lambda m, x: CentredGradients.apply(m.first(x), m.w, m.b),
+    "keeps a statistic": lambda m, x: Counting.apply(m.first(x), m.b, torch.zeros(())),
     "reads others": lambda m, x: Checkpoint.apply(m.first, x, *m.first.parameters()) + m.b,
     "a derived weight in place": lambda m, x: F.linear(m.first(x), Added.apply(m.w * 2, m.b)),
     "in place": lambda m, x: Added.apply(m.first(x), m.b),
@@ -350,3 +392,134 @@ def test_objects_that_hold_parameters():
     model = Bare(lambda m, x: F.dropout(m.first(x) + Held(m.b, m.b), 0.5, training=False) * Held(x, m.b), b="5")
     model.first = nn.Linear(D, D)
     check(model, (data(B, D),))
+
+
+class Minding(Linear):
+    """Its weight's gradient is made only where its input's is wanted, as fused losses do it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.wanted = x.requires_grad and ctx.needs_input_grad[0]
+        return Linear.forward(ctx, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return Linear.backward(ctx, grad) if ctx.wanted else (None, None, None)
+
+
+class Again(torch.autograd.Function):
+    """It runs its forward again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight).tanh()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(F.linear(x, weight).tanh(), [x, weight], grad)
+
+
+class Overwriting(Norm):
+    """It writes the gradient of its input over that of its output."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        found = Norm.backward(ctx, grad, _)
+        return grad.copy_(found[0]), *found[1:]
+
+
+class OneOfMany(torch.autograd.Function):
+    """A weight in a list gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(weights[0])
+        return x @ weights[0].T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad @ ctx.saved_tensors[0], None
+
+
+PARTICULAR: dict[str, Any] = {
+    "minds what is wanted": lambda m, x: Minding.apply(m.first(x), m.w, m.b),
+    "minds it, first of all": lambda m, x: Minding.apply(x, m.w, m.b) + m.first(x),
+    "runs again": lambda m, x: Again.apply(m.first(x), m.w) + m.b,
+    "overwrites": lambda m, x: Overwriting.apply(F.linear(m.first(x), m.w), m.b, 1e-6)[0],
+    "in a list": lambda m, x: OneOfMany.apply(m.first(x), [m.w]) + m.b,
+}
+
+
+@pytest.mark.parametrize("name", PARTICULAR)
+def test_particular_functions(name):
+    model = Bare(lambda m, x: m.last(PARTICULAR[name](m, x)), w="55", b="5")
+    model.first, model.last = nn.Linear(D, D), nn.Linear(D, 2)
+    check(model, (data(B, D),))
+
+
+@pytest.mark.parametrize("width", [256, 1024])
+def test_rounding_does_not_hide_the_examples(width):
+    """One row of a wide layer is added up in another order alone than among others."""
+    model = Bare(lambda m, x: Linear.apply(m.first(x), m.w, None), {"W": width}, w="WW")
+    model.first, x = nn.Linear(width, width), torch.randn(8, width)
+    with perex.attach(model) as px:
+        px.backward(model(x).square().mean(1))
+        found = px.norms()
+    for b in range(8):
+        grads = torch.autograd.grad(model(x[b : b + 1]).square().mean(), list(model.parameters()))
+        assert float(found[b]) == pytest.approx(float(sum(g.square().sum() for g in grads).sqrt()), rel=1e-4)
+
+
+def test_classes_made_in_a_forward_are_let_go():
+    made: list[Any] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        kind = type("Made", (Linear,), {"__module__": "somewhere"})
+        made.append(weakref.ref(kind))
+        return kind.apply(x, m.w, None)
+
+    model = Bare(forward, w="55").double()
+    with perex.attach(model) as px:
+        for _ in range(3):
+            px.backward(model(data(B, D)).sum(1))
+            px.norms()
+    gc.collect()
+    assert len(made) > 3 and not any(ref() for ref in made)
+
+
+class Nested(torch.autograd.Function):
+    """It finds a parameter by itself, and runs a backward inside the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Any) -> Tensor:
+        ctx.x, ctx.run = x.detach(), run
+        return run(ctx.x).detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with torch.enable_grad():
+            x = ctx.x.requires_grad_()
+            ctx.run(x).backward(grad)
+        return x.grad, None
+
+
+@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("way", ["checkpoint", "function"])
+def test_backwards_inside_a_backward(way, behind):
+    """What they bring to parameters by ways that perex does not see is refused, whatever comes before and after."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        def run(h: Tensor) -> Tensor:
+            return F.linear(h, m.w * 2)
+
+        first = m.first(x)
+        h = checkpoint(run, first, use_reentrant=True) if way == "checkpoint" else Nested.apply(first, run)
+        return m.last(h) if behind else h
+
+    model = Bare(forward, w="55")
+    model.first, model.last = nn.Linear(D, D), nn.Linear(D, 2)
+    refused(model, (data(B, D),))

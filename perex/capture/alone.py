@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from perex.capture.carry import tensors_in
-from perex.capture.functions import Applied
+from perex.capture.functions import Applied, node_of
 from perex.capture.labels import plain_name
 from perex.capture.nest import tensors_of
 from perex.capture.operators import body, by_holders, composite, in_place
@@ -92,7 +92,7 @@ class Replay(TorchFunctionMode):
             self.short = True
         out = func(*args, **kwargs)
         if self.back and isinstance(func, Applied):
-            self.functions += [tensor.grad_fn for tensor in tensors_in(out)][:1]
+            self.functions += node_of(out)
         found = [self.parameters.entries.get(id(tensor)) for tensor in tensors_in(*args, kwargs)]
         key = tuple(sorted(entry.name for entry in found if entry is not None and entry.tracked))
         results = tensors_in(out)

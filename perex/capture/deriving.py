@@ -47,9 +47,11 @@ class Deriving:
         template = pack((args, kwargs), tensors)
         stand_ins = [self.labels.stand_in(tensor) for tensor in tensors]
         run_args, run_kwargs = unpack(template, stand_ins)
+        before = [value._version for value in stand_ins]
         out = func(*run_args, **run_kwargs)
         if isinstance(func, Applied):
-            self.forward.functions += node_of(func, out, stand_ins, self.refuse)
+            func.check(stand_ins, before, self.refuse)
+            self.forward.functions += node_of(out)
         if sparing():
             self.spared()
         entries: dict[Entry, Tensor] = {}

@@ -129,8 +129,6 @@ class Forward:
         derived: then, what derives from parameters alone, which may be an argument of a checkpoint.
         once: whether its graph can be run backward once only.
         changed: whether such a hook has changed a gradient.
-        looked_at: whether it is recorded, or runs a part of one again that was: then the user's autograd functions have
-            nodes whose backward is run.
         functions: nodes of the user's autograd functions that operators have met, while examples are recorded.
         hooks: gradient hooks that were put on tensors of examples in it.
         module_hooks: backward hooks of modules that ran in it.
@@ -155,7 +153,6 @@ class Forward:
         self.derived: list[tuple[weakref.ref[Tensor], Shared]] = []
         self.once = False
         self.changed = False
-        self.looked_at = False
         self.functions: list[Any] = []
         self.hooks: list[Suspect] = []
         self.module_hooks: list[Suspect] = []

@@ -46,6 +46,24 @@ class Applied:
         with contextlib.nullcontext() if self.looks is None else Inside(self.looks):
             return self.bound(*args, **kwargs)
 
+    def check(self, given: Sequence[Tensor], before: Sequence[int], refuse: Refusals) -> None:
+        """Refuse if it has changed what it was given: it will run again, on examples alone.
+
+        Args:
+            given: its tensors.
+            before: their versions when it was called.
+            refuse: makes errors.
+
+        Raises:
+            UnsupportedError: it has.
+        """
+        if any(tensor._version != version for tensor, version in zip(given, before, strict=True)):
+            raise refuse.unsupported(
+                self,
+                "takes parameters and changes a tensor that it was given, in place: activations, or a statistic. perex "
+                "runs it again for each example, so it would do that again. Return the change instead",
+            )
+
     def __eq__(self, other: object) -> bool:
         return bool(self.bound == (other.bound if isinstance(other, Applied) else other))
 
@@ -119,14 +137,7 @@ def in_sight() -> Callable[[], object]:
     return lambda: (end(), restore())
 
 
-def node_of(func: Applied, out: Any, given: Sequence[Tensor], refuse: Refusals) -> list[Any]:
-    """The node of a function in the graph of what it gave; none where nothing of that requires grad.
-
-    Raises:
-        UnsupportedError: it has changed what it was given.
-    """
-    results = tensors_in(out)
-    if any(made is tensor for made in results for tensor in given):
-        raise refuse.unsupported(func, "works in place and takes parameters, which perex does not follow")
-    nodes = (tensor.grad_fn for tensor in results)
+def node_of(out: Any) -> list[Any]:
+    """The node of a function in the graph of what it gave; none where nothing of that requires grad."""
+    nodes = (tensor.grad_fn for tensor in tensors_in(out))
     return [node for node in nodes if node is not None][:1]

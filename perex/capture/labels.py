@@ -387,10 +387,14 @@ def renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {OTHER_NAMES.get(name, name): value for name, value in kwargs.items()}
 
 
-@functools.cache
 def plain_name(func: Any) -> str:
     """An operator's name, without what marks dunder and in-place forms."""
-    name: str = getattr(func, "__name__", str(func))
+    return plain(getattr(func, "__name__", str(func)))
+
+
+@functools.cache
+def plain(name: str) -> str:
+    """The same of a name: operators are not to be kept alive."""
     for space in ("fft_", "linalg_", "special_"):
         name = name.removeprefix(space)
     return name.strip("_") if name.startswith("__") else name.rstrip("_")

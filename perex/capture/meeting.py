@@ -74,11 +74,13 @@ class Meeting:
             out, left = recurring.run(func, packed_args, values, own.param_grads or own.sharded or half)
         else:
             given = values
-            if isinstance(func, Applied) and self.forward.looked_at:  # its backward is looked at, of all that
+            if isinstance(func, Applied):  # whose forward and backward may look at what requires grad
                 given = [v if s is None else as_leaf(v) for v, s in zip(values, sources, strict=True)]
+            before = [value._version for value in given]
             out = func(*unpack(packed_args, given), **unpack(packed_kwargs, given))
-        if isinstance(func, Applied):
-            self.forward.functions += node_of(func, out, given, self.refuse)
+            if isinstance(func, Applied):
+                func.check(given, before, self.refuse)
+                self.forward.functions += node_of(out)
         out_axes: list[Held] = []
         for label in self.labels.of_results(func, args, kwargs, out, tensors_in(out)):
             self.refuse.mixed(label)

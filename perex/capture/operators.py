@@ -96,7 +96,6 @@ def by_holders(mode: TorchFunctionMode, func: Callable[..., Any], kinds: Any, ar
     return NotImplemented
 
 
-@functools.cache
 def in_place(func: Callable[..., Any]) -> bool:
     """Whether an operator changes its first argument."""
     name = getattr(func, "__name__", "")
@@ -115,10 +114,14 @@ ANSWERS = ("has_torch_function", "has_torch_function_unary", "has_torch_function
 """What torch's Python functions ask before they hand themselves to a mode."""
 
 
-@functools.cache
 def composite(func: Any) -> bool:
     """Whether an operator is a Python function over others, and no family knows it as a whole."""
-    if func in FAMILIES or func in NUMBERS or not isinstance(func, types.FunctionType):
+    return isinstance(func, types.FunctionType) and _composite(func)
+
+
+@functools.cache
+def _composite(func: types.FunctionType) -> bool:
+    if func in FAMILIES or func in NUMBERS:
         return False
     inside = func.__module__.startswith("torch") and not func.__module__.startswith("torch.autograd")
     return inside and any(answer in func.__globals__ for answer in ANSWERS)

@@ -246,7 +246,6 @@ class Session:
             capture.record = capture.forward.record = self.auditor.record(
                 capture.labels, capture.forward, module, args, kwargs, self.parameters
             )
-        capture.forward.looked_at = capture.record is not None
         layout = tuple([tensor.shape if capture.labels.of(tensor) is None else None for tensor in inputs])
         if batch > 1 and layout[0] is None and len(set(layout)) > 1 and len(self.layouts) < LAYOUTS:
             self.layouts.add(layout)
@@ -270,7 +269,6 @@ class Session:
         taken for one example's, but for those that are constants.
         """
         again = Forward(-1, self.receiver, forward.batch, forward.path, forward.tracked)
-        again.looked_at = forward.looked_at
         capture = Capture(self.parameters, again, self.key, self.where, self.recomputing, self.memo)
         before = self.capture, self.running, self.frames, self.caller, self.thread
         restore = in_sight()

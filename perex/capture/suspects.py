@@ -164,19 +164,32 @@ class Trial:
             own = [own_rows(grad, like.shape, example, batch, first) for grad, like in pairs]
             same = True
             for one, other in zip(self.made, applied(single, own), strict=True):
-                if one is None or other is None or one.shape == other.shape and not shared:
-                    continue  # the last is a sum over examples, as of a weight: others see to that
-                same = same and close(sampled(own_rows(one, other.shape, example, batch, first)), sampled(other))
+                if one is None or other is None:
+                    continue
+                whole = one.shape == other.shape and not shared  # a sum over examples, as of a weight
+                rows = one if whole else own_rows(one, other.shape, example, batch, first)
+                same = same and (whole or close(sampled(rows), sampled(other)))
+            if same and not shared:
+                same = self.sums(single, own, example, batch, first)
             if same:
                 return True
         return False
+
+    def sums(self, single: Suspect, own: Sequence[Tensor], example: int, batch: int, first: bool) -> bool:
+        """Whether what it sums over examples is what it gives for one, where all others' gradients are zero."""
+        masked = [torch.zeros_like(grad) for grad in self.given]
+        for mask, rows in zip(masked, own, strict=True):
+            own_rows(mask, rows.shape, example, batch, first).copy_(rows)
+        pairs = zip(applied(self.suspect, masked), applied(single, own), strict=True)
+        sums = [(a, b) for a, b in pairs if a is not None and b is not None and a.shape == b.shape]
+        return all(close(sampled(a), sampled(b)) for a, b in sums)
 
 
 def applied(suspect: Suspect, grads: Sequence[Tensor]) -> list[Tensor | None]:
     """Run it."""
     try:
         with torch.no_grad():
-            found = suspect.run(*grads)
+            found = suspect.run(*[grad.clone() for grad in grads])  # which it may write into
     except Exception as error:
         raise UnsupportedError(
             f"{suspect.name} raised {error!r} when perex ran its backward once more, with random gradients, to see "

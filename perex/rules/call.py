@@ -101,6 +101,13 @@ class Call:
         """The operator's name."""
         return getattr(self.func, "__name__", str(self.func))
 
+    @property
+    def minds(self) -> bool:
+        """Whether what the operator does may depend on which of its tensors require grad: it is not torch's own."""
+        written_in = getattr(self.func, "__module__", None) or "torch"
+        library = written_in.startswith("torch._ops.") and written_in != "torch._ops.aten"
+        return library or not written_in.startswith(("torch", "builtins"))
+
     def template(self, name: str) -> Any:
         """The packed argument called `name`, or None where the call left it out."""
         position = self.rule.arguments.index(name)
@@ -118,6 +125,7 @@ class Captured:
         grad: output gradient with examples in front, `(B, *rest)`; see `Axis.front`.
         batch: number of examples, B.
         arrived: the outputs' gradients as they came.
+        differentiable: which of the call's tensors gradients went on to, beside parameters.
         left: what running the operator has left, where perex ran it.
     """
 
@@ -132,6 +140,7 @@ class Captured:
         narrow = call.rule.narrow and first is not None and first.is_cuda and first.dtype in HALVES
         self.dtype = first.dtype if narrow and first is not None else None
         self.grads = [None if grad is None else self.read(without_graph(grad)) for grad in grads]
+        self.differentiable = [i for i, t in zip(call.kept, saved, strict=True) if t.requires_grad]
         self.tensors: dict[int, Tensor] = {i: without_graph(t) for i, t in zip(call.kept, saved, strict=True)}
 
     def read(self, tensor: Tensor) -> Tensor:

@@ -103,10 +103,15 @@ def by_operator(
 
 
 def own_input(func: Any, template: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """An operator's tensors, with a copy of the input where torch makes one, so that it may be changed in place."""
+    """An operator's tensors, with a copy of the input where torch makes one, so that it may be changed in place.
+
+    So it does where rows are not in the order of steps.
+    """
     values, args = list(tensors), unpack(template, tensors)
-    if func not in STEPS and not is_packed(args) and args[8]:  # batch first
-        values[template[0].number] = values[template[0].number].clone()
+    if func not in STEPS and not is_packed(args):
+        by_step = args[0].transpose(0, 1) if args[8] else args[0]
+        if not by_step.is_contiguous():
+            values[template[0].number] = args[0].clone()
     return values
 
 

@@ -125,7 +125,8 @@ def same(own: Tensor, alone: Tensor) -> bool:
     if not own.is_floating_point() and not own.is_complex():
         return torch.equal(own, alone)
     finest = precision(own)
-    return torch.allclose(own, alone, rtol=finest**0.75, atol=finest * float(alone.abs().max() or 1), equal_nan=True)
+    size = float(alone.abs().nan_to_num(0, 0, 0).max()) if alone.numel() else 0.0
+    return torch.allclose(own, alone, rtol=finest**0.75, atol=finest**0.75 * (size or 1), equal_nan=True)
 
 
 TRY.append(tried)
