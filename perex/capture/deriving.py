@@ -11,7 +11,7 @@ from torch import Tensor
 from perex.capture.checkpoint import sparing
 from perex.capture.doubts import Doubts
 from perex.capture.forward import Forward
-from perex.capture.functions import Applied, node_of
+from perex.capture.functions import Applied, node_of, versions
 from perex.capture.labels import Labels
 from perex.capture.operators import in_place
 from perex.capture.parameters import Entry, Shared
@@ -47,7 +47,7 @@ class Deriving:
         template = pack((args, kwargs), tensors)
         stand_ins = [self.labels.stand_in(tensor) for tensor in tensors]
         run_args, run_kwargs = unpack(template, stand_ins)
-        before = [value._version for value in stand_ins]
+        before = versions(stand_ins)
         out = func(*run_args, **run_kwargs)
         if isinstance(func, Applied):
             func.check(stand_ins, before, self.refuse)

@@ -46,7 +46,7 @@ class Applied:
         with contextlib.nullcontext() if self.looks is None else Inside(self.looks):
             return self.bound(*args, **kwargs)
 
-    def check(self, given: Sequence[Tensor], before: Sequence[int], refuse: Refusals) -> None:
+    def check(self, given: Sequence[Tensor], before: list[int], refuse: Refusals) -> None:
         """Refuse if it has changed what it was given: it will run again, on examples alone.
 
         Args:
@@ -57,7 +57,7 @@ class Applied:
         Raises:
             UnsupportedError: it has.
         """
-        if any(tensor._version != version for tensor, version in zip(given, before, strict=True)):
+        if versions(given) != before:
             raise refuse.unsupported(
                 self,
                 "takes parameters and changes a tensor that it was given, in place: activations, or a statistic. perex "
@@ -135,6 +135,11 @@ def in_sight() -> Callable[[], object]:
     restore = run_eagerly()
     end = FUNCTIONS.begin()
     return lambda: (end(), restore())
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """What tells whether tensors were changed in place; of those of an inference mode, nothing does."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def node_of(out: Any) -> list[Any]:

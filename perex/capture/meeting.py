@@ -14,7 +14,7 @@ from perex.capture.axis import Axis, Held, Label, Lost, Single
 from perex.capture.carry import tensors_in
 from perex.capture.checkpoint import run_recomputation_in, sparing
 from perex.capture.forward import Forward, Tapped
-from perex.capture.functions import Applied, node_of
+from perex.capture.functions import Applied, node_of, versions
 from perex.capture.labels import Labels
 from perex.capture.memo import Known, Place
 from perex.capture.parameters import Source
@@ -76,7 +76,7 @@ class Meeting:
             given = values
             if isinstance(func, Applied):  # whose forward and backward may look at what requires grad
                 given = [v if s is None else as_leaf(v) for v, s in zip(values, sources, strict=True)]
-            before = [value._version for value in given]
+            before = versions(given)
             out = func(*unpack(packed_args, given), **unpack(packed_kwargs, given))
             if isinstance(func, Applied):
                 func.check(given, before, self.refuse)
