@@ -13,6 +13,7 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from oracle import no_trace, scramble
+from test_functions import Linear, Sign
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -87,6 +88,9 @@ CASES: dict[str, tuple[Make, Tensor, Callable[..., Tensor], Tensor]] = {
              real(B, 5, 4), CE, ids(B, high=2)),
     "attention": (lambda: Of(attended, attention=nn.MultiheadAttention(4, 2, batch_first=True), head=nn.Linear(4, 2)),
                   real(B, 5, 4), CE, ids(B, high=2)),
+    "autograd functions": (
+        lambda: Of(lambda m, x: Linear.apply(m.a(x).tanh(), Sign.apply(m.b.weight, 1.0), m.b.bias), a=nn.Linear(4, 4),
+                   b=nn.Linear(4, 3)), real(B, 4), CE, ids(B, high=3)),
     "in place": (lambda: Of(in_place, a=nn.Linear(4, 4), b=nn.Linear(4, 3)), real(B, 4), CE, ids(B, high=3)),
     "(B, 1) with MSE": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)), real(B, 4),
                         nn.MSELoss(), real(B, 1)),
