@@ -98,6 +98,7 @@ class Tapped(NamedTuple):
         use: that call, for reports.
         summed: the parameters whose `.grad` the tap gives, since the norm brings it along.
         left: what running the operator has left for its rule, where perex ran it.
+        without: the numbers of outputs that no gradient goes through, as the operator says.
     """
 
     forward: Forward
@@ -105,6 +106,7 @@ class Tapped(NamedTuple):
     use: Use
     summed: tuple[str, ...] = ()
     left: object = None
+    without: tuple[int, ...] = ()
 
 
 class Forward:

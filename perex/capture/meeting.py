@@ -243,7 +243,11 @@ class Meeting:
         if not produced:  # a named result, as `torch.max` has
             produced = list(out)
         forward.half = forward.half or torch.float16 in [tensor.dtype for tensor in produced]
-        tapped = Tap.apply(Tapped(forward, call, use, summed, left), saved, forward.sentinel, *aliases, *produced)
+        without: tuple[int, ...] = ()
+        if isinstance(call.func, Applied):  # whose parameters have required grad
+            without = tuple(number for number, result in enumerate(produced) if not result.requires_grad)
+        knows = Tapped(forward, call, use, summed, left, without)
+        tapped = Tap.apply(knows, saved, forward.sentinel, *aliases, *produced)
         for tensor, axis in zip(tapped, out_axes, strict=True):
             self.labels.mark(tensor, axis)
         return type(out)(tapped) if template is out else unpack(template, tapped)

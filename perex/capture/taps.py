@@ -39,7 +39,10 @@ class Tap(torch.autograd.Function):
         ctx.tapped = tapped  # type: ignore[attr-defined]
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        return tuple([output.detach() for output in tensors[len(tapped.summed) :]])
+        outputs = tuple([output.detach() for output in tensors[len(tapped.summed) :]])
+        if tapped.without:
+            ctx.mark_non_differentiable(*[outputs[number] for number in tapped.without])
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
