@@ -49,6 +49,7 @@ ELEMENTWISE = {
     "snake": (lambda m, x: x + (m.a * x).sin().square() / m.a, "a:D"),
     "norm of a parameter": (lambda m, x: x * m.a.norm(), "a:TD"),
     "sum of a parameter": (lambda m, x: x * m.a.sum(), "a:TD"),
+    "detached in place": (lambda m, x: x * (m.a * 2).detach_() + x.sin() * m.a, "a:D"),
     "detached and not": (lambda m, x: x * m.a + x.sin() * m.a.detach(), "a:D"),
     "atan2": (lambda m, x: torch.atan2(x, m.a), "a:D"),
     "logaddexp": (lambda m, x: torch.logaddexp(x, m.a), "a:TD"),
