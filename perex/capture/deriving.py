@@ -11,7 +11,7 @@ from torch import Tensor
 from perex.capture.checkpoint import sparing
 from perex.capture.doubts import Doubts
 from perex.capture.forward import Forward
-from perex.capture.functions import Applied, node_of, versions
+from perex.capture.functions import called
 from perex.capture.labels import Labels
 from perex.capture.operators import in_place
 from perex.capture.parameters import Entry, Shared
@@ -51,11 +51,7 @@ class Deriving:
         template = pack((args, kwargs), tensors)
         stand_ins = [self.labels.stand_in(tensor) for tensor in tensors]
         run_args, run_kwargs = unpack(template, stand_ins)
-        before = versions(stand_ins)
-        out = func(*run_args, **run_kwargs)
-        if isinstance(func, Applied):
-            func.check(stand_ins, before, self.refuse)
-            self.forward.functions += node_of(out)
+        out = called(func, run_args, run_kwargs, stand_ins, self.forward, self.refuse)
         if sparing():
             self.spared()
         entries: dict[Entry, Tensor] = {}

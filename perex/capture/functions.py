@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 from perex.capture.carry import tensors_in
 from perex.capture.checks import run_eagerly
+from perex.capture.forward import Forward
 from perex.capture.refusals import Refusals
 
 UNDER: Any = _SingleLevelFunction
@@ -45,24 +46,6 @@ class Applied:
         """Apply the function."""
         with contextlib.nullcontext() if self.looks is None else Inside(self.looks):
             return self.bound(*args, **kwargs)
-
-    def check(self, given: Sequence[Tensor], before: list[int], refuse: Refusals) -> None:
-        """Refuse if it has changed what it was given: it will run again, on examples alone.
-
-        Args:
-            given: its tensors.
-            before: their versions when it was called.
-            refuse: makes errors.
-
-        Raises:
-            UnsupportedError: it has.
-        """
-        if versions(given) != before:
-            raise refuse.unsupported(
-                self,
-                "takes parameters and changes a tensor that it was given, in place: activations, or a statistic. perex "
-                "runs it again for each example, so it would do that again. Return the change instead",
-            )
 
     def __eq__(self, other: object) -> bool:
         return bool(self.bound == (other.bound if isinstance(other, Applied) else other))
@@ -135,6 +118,34 @@ def in_sight() -> Callable[[], object]:
     restore = run_eagerly()
     end = FUNCTIONS.begin()
     return lambda: (end(), restore())
+
+
+def called(func: Any, args: Any, kwargs: Any, given: Sequence[Tensor], forward: Forward, refuse: Refusals) -> Any:
+    """Call an operator; if it is a function of the user's, its backward is to be looked at.
+
+    Args:
+        func: the operator.
+        args: its arguments.
+        kwargs: those given by name.
+        given: the tensors among them.
+        forward: the forward that is running.
+        refuse: makes errors.
+
+    Raises:
+        UnsupportedError: a function has changed what it was given: it will run again, on examples alone.
+    """
+    if not isinstance(func, Applied):
+        return func(*args, **kwargs)
+    before = versions(given)
+    out = func(*args, **kwargs)
+    if versions(given) != before:
+        raise refuse.unsupported(
+            func,
+            "takes parameters and changes a tensor that it was given, in place: activations, or a statistic. perex "
+            "runs it again for each example, so it would do that again. Return the change instead",
+        )
+    forward.functions += node_of(out)
+    return out
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

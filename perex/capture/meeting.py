@@ -14,7 +14,7 @@ from perex.capture.axis import Axis, Held, Label, Lost, Single
 from perex.capture.carry import tensors_in
 from perex.capture.checkpoint import run_recomputation_in, sparing
 from perex.capture.forward import Forward, Tapped
-from perex.capture.functions import Applied, node_of, versions
+from perex.capture.functions import Applied, called
 from perex.capture.labels import Labels
 from perex.capture.memo import Known, Place
 from perex.capture.parameters import Source
@@ -76,11 +76,8 @@ class Meeting:
             given = values
             if isinstance(func, Applied):  # whose forward and backward may look at what requires grad
                 given = [v if s is None else as_leaf(v) for v, s in zip(values, sources, strict=True)]
-            before = versions(given)
-            out = func(*unpack(packed_args, given), **unpack(packed_kwargs, given))
-            if isinstance(func, Applied):
-                func.check(given, before, self.refuse)
-                self.forward.functions += node_of(out)
+            run_args, run_kwargs = unpack(packed_args, given), unpack(packed_kwargs, given)
+            out = called(func, run_args, run_kwargs, given, self.forward, self.refuse)
         out_axes: list[Held] = []
         for label in self.labels.of_results(func, args, kwargs, out, tensors_in(out)):
             self.refuse.mixed(label)
