@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -536,3 +537,24 @@ def test_backwards_inside_a_backward(way, behind):
     model = Bare(forward, w="55")
     model.first, model.last = nn.Linear(D, D), nn.Linear(D, 2)
     refused(model, (data(B, D),))
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_another_model_that_runs_backward_inside_a_backward(attached):
+    """A hook may train something else: what this backward brings, before it and after, is one result."""
+    model, other = (nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 2)).double() for _ in range(2))
+    x = data(B, D)
+    rows = [torch.autograd.grad(model(row[None]).sin().sum(), list(model.parameters())) for row in x]
+    expected = torch.stack([sum(g.square().sum() for g in row).sqrt() for row in rows])
+
+    def train(grad: Tensor) -> None:
+        with torch.enable_grad():
+            other(x).sum().backward()
+
+    with perex.attach(model) as px, perex.attach(other) if attached else contextlib.nullcontext():
+        for hooked in (False, True, False):
+            out = model(x)
+            if hooked:
+                out.register_hook(train)
+            out.sin().sum(1).mean().backward()
+            torch.testing.assert_close(px.norms(), expected)
