@@ -55,6 +55,7 @@ class Backwards:
         pending: forwards since the last backward.
         result: what the last backward brought.
         interrupted: what was brought by those in which that one runs, or that did not come to their end.
+        errors: what was wrong with backwards since the last forward, with their numbers.
     """
 
     session: Session
@@ -83,6 +84,7 @@ class Backwards:
         self.pending: list[weakref.ref[Forward]] = []
         self.result: Result | None = None
         self.interrupted: list[Result] = []
+        self.errors: list[tuple[int, PerexError]] = []
         self.losses: int | None = None
         self.scale: float | None = None
         self.probe: Probe | None = None
@@ -93,6 +95,7 @@ class Backwards:
         """A forward begins."""
         if torch._C._current_graph_task_id() == -1:
             self.interrupted.clear()  # by errors, then
+            self.errors.clear()
         self.latest = forward
         if self.result is not None:
             self.keep = False if self.keep is None and self.result.finished else self.keep  # nobody asked
@@ -265,8 +268,10 @@ class Backwards:
         if (outer := next((one for one in self.interrupted if one.task == task), None)) is not None:
             self.resume(outer)
             return outer
-        if result is not None and not result.finished:
-            self.interrupted.append(result)
+        if result is not None:
+            self.note(result)
+            if not result.finished:
+                self.interrupted.append(result)
         waiting = [found for ref in self.pending if (found := ref()) is not None]
         alone = all(found is forward for found in waiting)
         number = self.latest.number if self.latest is not None else 0
@@ -279,8 +284,7 @@ class Backwards:
         if (result.keep or self.low) and self.param_grads:
             parameters = self.session.parameters
             result.remember(parameters.holders(parameters.tracked()))
-        if self.result is not None and self.result.task > task and self.result.error is not None:
-            result.refuse(self.result.error)  # autograd counts up: it ran inside this one
+        self.take_over(result)
         self.result = result
         torch.autograd.Variable._execution_engine.queue_callback(partial(self.over, result))
         self.pending = []
@@ -304,10 +308,22 @@ class Backwards:
         """
         place = self.interrupted.index(result)
         for inner in [*self.interrupted[place + 1 :], self.result]:
-            if inner is not None and inner.error is not None:
-                result.refuse(inner.error)
+            if inner is not None:
+                self.note(inner)
+        self.take_over(result)
         del self.interrupted[place:]
         self.result = result
+
+    def note(self, result: Result) -> None:
+        """Another backward's result takes the place of this one: remember what was wrong with it."""
+        if result.error is not None:
+            self.errors.append((result.task, result.error))
+
+    def take_over(self, result: Result) -> None:
+        """What was wrong with backwards that ran inside this one: autograd counts up, so their numbers are larger."""
+        for task, error in self.errors:
+            if task > result.task:
+                result.refuse(error)
 
     def over(self, result: Result) -> None:
         """A backward has come to its end."""

@@ -558,3 +558,32 @@ def test_another_model_that_runs_backward_inside_a_backward(attached):
                 out.register_hook(train)
             out.sin().sum(1).mean().backward()
             torch.testing.assert_close(px.norms(), expected)
+
+
+def test_what_is_wrong_with_one_of_several_backwards_inside_a_backward():
+    """Another of them comes later, and nothing is wrong with that one."""
+    earlier: list[Tensor] = []
+
+    class Training(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            if earlier:
+                earlier.pop().backward()
+            return grad
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = Training.apply(m.first(x))
+        return m.last(checkpoint(lambda h: F.linear(h, m.w), h, use_reentrant=True)) if earlier else m.last(h)
+
+    model = Bare(forward, w="55")
+    model.first, model.last = nn.Linear(D, D), nn.Linear(D, 2)
+    model, x = model.double(), data(B, D)
+    with perex.attach(model, forwards="same", audit=False) as px:
+        earlier.append(model(x).sum())
+        model(x).sin().sum(1).mean().backward()
+        with pytest.raises(perex.PerexError, match="use that perex did not see"):
+            px.norms()
