@@ -259,3 +259,23 @@ def test_parameters_that_change_after_a_forward_that_used_none_of_them():
                 model["used"].weight.add_(1)
         px.backward(model(torch.randn(3, 4, requires_grad=True)).sum(1))
         assert not px.norms().any()
+
+
+def test_views_of_parameters_are_not_detached_in_place():
+    """Torch refuses that, and so it does where perex has something else in the view's place."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight = self.weight.t()
+            with pytest.raises(RuntimeError, match="Can't detach views in-place"):
+                weight.detach_()
+            return x @ weight
+
+    model, x = Model(), torch.randn(3, 4)
+    with perex.attach(model) as px:
+        px.backward(model(x).sum(1))
+        torch.testing.assert_close(px.norms(), x.norm(dim=1) * 2)

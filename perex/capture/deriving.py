@@ -43,10 +43,13 @@ class Deriving:
 
     def operator(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator on parameters and constants alone: its results are shared too."""
-        if func is Tensor.detach_ and isinstance(self.labels.of(args[0]), Shared):  # from here on it is a constant
+        if func is Tensor.detach_ and isinstance(held := self.labels.of(args[0]), Shared):
+            if held.tensor._is_view():  # torch refuses that, but what stands for it is none
+                return func(held.tensor)
+            out = func(*args)  # from here on it is a constant
             self.labels.mark(args[0], None)
             self.doubts.made(args)
-            return func(*args)
+            return out
         tensors: list[Tensor] = []
         template = pack((args, kwargs), tensors)
         stand_ins = [self.labels.stand_in(tensor) for tensor in tensors]
