@@ -288,6 +288,7 @@ REFUSED: dict[str, Any] = {
     "minds how many there are": lambda m, x: Sized.apply(m.first(x), m.w, m.b, len(x)),
     "mixes a weight's gradients": lambda m, x: CentredGradients.apply(m.first(x), m.w, m.b),
     "keeps a statistic": lambda m, x: Counting.apply(m.first(x), m.b, torch.zeros(())),
+    "writes into a list": lambda m, x: Leaving.apply(m.first(x), m.w, [x]) + m.b,
     "reads others": lambda m, x: Checkpoint.apply(m.first, x, *m.first.parameters()) + m.b,
     "a derived weight in place": lambda m, x: F.linear(m.first(x), Added.apply(m.w * 2, m.b)),
     "in place": lambda m, x: Added.apply(m.first(x), m.b),
@@ -458,7 +459,29 @@ class Twofold(torch.autograd.Function):
         return 2 * grad
 
 
+class Leaving(torch.autograd.Function):
+    """It leaves its input behind, which the model reads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, left: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        left[:] = [x.detach().clone()]
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.T @ x, None
+
+
+def read_behind(m: Any, x: Tensor) -> Tensor:
+    """What a function has left is of all examples."""
+    left: list[Tensor] = []
+    return Leaving.apply(m.first(x), m.w, left) * (1 + left[0].sin()) + m.b
+
+
 PARTICULAR: dict[str, Any] = {
+    "leaves something": read_behind,
     "only statistics": lambda m, x: m.first(Twofold.apply(Norm.apply(x, m.b, 1e-6)[1] * x)),
     "minds what is wanted": lambda m, x: Minding.apply(m.first(x), m.w, m.b),
     "minds it, first of all": lambda m, x: Minding.apply(x, m.w, m.b) + m.first(x),

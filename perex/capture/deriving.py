@@ -11,7 +11,7 @@ from torch import Tensor
 from perex.capture.checkpoint import sparing
 from perex.capture.doubts import Doubts
 from perex.capture.forward import Forward
-from perex.capture.functions import called
+from perex.capture.functions import called, holders
 from perex.capture.labels import Labels
 from perex.capture.operators import in_place
 from perex.capture.parameters import Entry, Shared
@@ -54,7 +54,7 @@ class Deriving:
         template = pack((args, kwargs), tensors)
         stand_ins = [self.labels.stand_in(tensor) for tensor in tensors]
         run_args, run_kwargs = unpack(template, stand_ins)
-        out = called(func, run_args, run_kwargs, stand_ins, self.forward, self.refuse)
+        out = called(func, run_args, run_kwargs, [*stand_ins, *holders(run_args)], self.forward, self.refuse)
         if sparing():
             self.spared()
         entries: dict[Entry, Tensor] = {}

@@ -120,14 +120,14 @@ def in_sight() -> Callable[[], object]:
     return lambda: (end(), restore())
 
 
-def called(func: Any, args: Any, kwargs: Any, given: Sequence[Tensor], forward: Forward, refuse: Refusals) -> Any:
+def called(func: Any, args: Any, kwargs: Any, given: Sequence[Any], forward: Forward, refuse: Refusals) -> Any:
     """Call an operator; if it is a function of the user's, its backward is to be looked at.
 
     Args:
         func: the operator.
         args: its arguments.
         kwargs: those given by name.
-        given: the tensors among them.
+        given: what among them it is not to change: tensors, and copies of lists.
         forward: the forward that is running.
         refuse: makes errors.
 
@@ -136,21 +136,40 @@ def called(func: Any, args: Any, kwargs: Any, given: Sequence[Tensor], forward: 
     """
     if not isinstance(func, Applied):
         return func(*args, **kwargs)
-    before = versions(given)
+    before = states(given)
     out = func(*args, **kwargs)
-    if versions(given) != before:
+    if states(given) != before:
         raise refuse.unsupported(
             func,
-            "takes parameters and changes a tensor that it was given, in place: activations, or a statistic. perex "
+            "takes parameters and changes what it was given, in place: activations, a statistic, a list. perex "
             "runs it again for each example, so it would do that again. Return the change instead",
         )
     forward.functions += node_of(out)
     return out
 
 
-def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """What tells whether tensors were changed in place; of those of an inference mode, nothing does."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+def states(values: Sequence[Any]) -> list[Any]:
+    """What tells whether tensors, lists and dicts were changed in place; of tensors of inference mode, nothing does."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(0 if value.is_inference() else value._version)
+        else:
+            found.append([id(item) for item in (value.values() if isinstance(value, dict) else value)])
+    return found
+
+
+def holders(args: Sequence[Any]) -> list[Any]:
+    """The lists and dicts of tensors among arguments: copies of the user's, which do not get what is written there."""
+    return [arg for arg in args if isinstance(arg, (list, dict)) and tensors_in(arg)]
+
+
+def with_own(args: Sequence[Any], own: Sequence[Any]) -> list[Any]:
+    """Arguments with the user's own lists and dicts, for a function may write into those that hold no tensors."""
+    return [
+        given if isinstance(given, (list, dict)) and not tensors_in(given) else arg
+        for arg, given in zip(args, own, strict=True)
+    ]
 
 
 def node_of(out: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from perex.capture.axis import Axis, Held, Label, Lost, Single
 from perex.capture.carry import tensors_in
 from perex.capture.checkpoint import run_recomputation_in, sparing
 from perex.capture.forward import Forward, Tapped
-from perex.capture.functions import Applied, called
+from perex.capture.functions import Applied, called, holders, with_own
 from perex.capture.labels import Labels
 from perex.capture.memo import Known, Place
 from perex.capture.parameters import Source
@@ -67,6 +67,7 @@ class Meeting:
         if rule.multiplies:
             values = [as_read(v) if s is None else v for v, s in zip(values, sources, strict=True)]
         left: object = None
+        labels: list[Label] | None = None
         if func in CELLS and not kwargs:
             values = recurring.own_input(func, packed_args, values)
         if func in CELLS and not kwargs and self.forward.record is None and ours(self.forward):
@@ -77,9 +78,18 @@ class Meeting:
             if isinstance(func, Applied):  # whose forward and backward may look at what requires grad
                 given = [v if s is None else as_leaf(v) for v, s in zip(values, sources, strict=True)]
             run_args, run_kwargs = unpack(packed_args, given), unpack(packed_kwargs, given)
+            given = [*given, *holders(run_args)]
+            if (
+                isinstance(func, Applied) and rule is GENERAL
+            ):  # tried on examples first: what it leaves anywhere is its last
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    first = called(func, run_args, run_kwargs, given, self.forward, self.refuse)
+                labels = self.labels.of_results(func, args, kwargs, first, tensors_in(first))
+            if isinstance(func, Applied):
+                run_args = with_own(run_args, args)
             out = called(func, run_args, run_kwargs, given, self.forward, self.refuse)
         out_axes: list[Held] = []
-        for label in self.labels.of_results(func, args, kwargs, out, tensors_in(out)):
+        for label in labels or self.labels.of_results(func, args, kwargs, out, tensors_in(out)):
             self.refuse.mixed(label)
             if not isinstance(label, (Axis, Single)):
                 lost = label or Lost("unknown", f"`{func.__name__}` of examples has a result without a batch axis")
