@@ -17,7 +17,7 @@ help:  ## show this list
 setup: $(READY)  ## make .venv with the package and what development needs (a minute or two, once)
 
 # The stamp is written last: an interrupted set-up leaves none, and the next one starts from an empty .venv.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(wildcard perex/kernels/compiled/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "perex needs Python 3.11 or newer: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -f $@ || $(PYTHON) -m venv --clear $(VENV)

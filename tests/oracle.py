@@ -23,11 +23,25 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_leaves, tree_map
 
 import perex
+from perex.kernels import convolution
+from perex.kernels.compiled import library
+
+BUILT = library.library() is not None
+"""Whether there are kernels in C here."""
 
 Loss = Callable[[Any, Tensor], Tensor]  # (output, indices of the examples) -> one loss per example
 Example = Callable[[tuple, int], tuple]  # (inputs, i) -> the inputs of a batch that holds example i alone
 
 torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for one another
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """As on a machine where no kernel in C was built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "bits", lambda: 0)
+        patch.setattr(convolution.NORMS, "picked", {})
+        yield
 
 
 def grid(max_examples: int) -> settings:

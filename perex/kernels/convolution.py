@@ -15,6 +15,9 @@ from torch import Tensor
 from perex.kernels import outer, pixels
 from perex.kernels.blocks import block_size, example_blocks
 from perex.kernels.cancellation import recomputed
+from perex.kernels.compiled import direct as compiled_product
+from perex.kernels.compiled import gram as compiled_pixels
+from perex.kernels.compiled.library import runnable
 from perex.kernels.folding import folded
 from perex.kernels.geometry import (
     Geometry,
@@ -51,6 +54,9 @@ LANES = 16
 
 CALL, GROUPED_CALL = 6_000_000, 8_000_000
 """What a backend call for one or for several examples costs beside its arithmetic, in multiply-adds."""
+
+MOST_SUMS = 2**22
+"""Entries of weights that threads may add up examples in, each in its own, all together."""
 
 GRAM_CALLS = 6_000_000
 """What the operators of a Gram matrix of positions cost beside their arithmetic, likewise."""
@@ -183,6 +189,37 @@ def unfolded(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     return torch.cat([outer.squared_norm(*both) for both in rows_and_patches(x, grads, geometry)])
 
 
+def _here(plan: Plan | None) -> Plan | None:
+    """A plan of a kernel in C, for tensors in a CPU's memory."""
+    spot = current()
+    return plan if spot is None or spot.plain else None
+
+
+def _compiled(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
+    return _here(compiled_product.plan(x, grads, geometry))
+
+
+def _compiled_gram(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
+    return _here(compiled_pixels.plan(x, grads, geometry))
+
+
+@NORMS.way("compiled direct", _compiled)
+def compiled_direct(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    """$G_b$ multiplied out and squared tile by tile, in registers; `unfolded` where autograd or vmap follow tensors."""
+    if not runnable(x, grads):
+        return unfolded(x, grads, geometry)
+    return compiled_product.squares_and_sum(x, grads, geometry, summing=False)[0].sum(1)
+
+
+@NORMS.way("compiled pixel Gram", _compiled_gram)
+def compiled_pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    """`pixel_gram`, with an example's matrices in a thread's cache."""
+    if not runnable(x, grads):
+        return unfolded(x, grads, geometry)
+    totals, sizes = compiled_pixels.inner_products(x, grads, geometry)
+    return recomputed(totals, sizes, lambda b: compiled_direct(x[b], grads[b], geometry))
+
+
 @NORMS.way("pixel Gram", pixels.plan)
 def pixel_gram(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     r"""$\sum_{pq} (g_p \cdot g_q)(u_p \cdot u_q)$, with the inner products of patches from those of pixels."""
@@ -246,12 +283,23 @@ def multiplied_out(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
 
 def summed_plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
     """What `summed` costs with tensors of these shapes."""
-    plan, _ = cheapest(x, grads, geometry)
+    plan = _summed_plan(x, grads, geometry)
     return plan._replace(way=f"{plan.way}, with the sum", moved=plan.moved + x[0] * geometry.weight_shape.numel())
+
+
+def _summed_plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
+    """What $G_b$ costs where each is squared and added up at once."""
+    (plan, _), own = cheapest(x, grads, geometry), _compiled(x, grads, geometry)
+    small = torch.get_num_threads() * geometry.weight_shape.numel() <= MOST_SUMS
+    return own if own is not None and small and own.cost <= plan.cost else plan
 
 
 def summed(x: Tensor, grads: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     r"""Squared norms `(B,)`, and the sum over examples $\sum_b G_b$, added up while each block is at hand."""
+    if _summed_plan(x.shape, grads.shape, geometry).way == "compiled direct" and runnable(x, grads):
+        squares, sum_of_all = compiled_product.squares_and_sum(x, grads, geometry, summing=True)
+        assert sum_of_all is not None
+        return squares.sum(1), sum_of_all
     norms, total = [], grads.new_zeros(geometry.weight_shape)
     for gradients in in_blocks(x, grads, geometry):
         norms.append(whole_squares(gradients))

@@ -94,15 +94,7 @@ def _weight_gradients(
     Returns:
         Tensor `(B, *weight_shape)`.
     """
-    geometry = Geometry(
-        torch.Size(weight_shape),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        transposed,
-        tuple(output_padding),
-        groups,
-    )
+    geometry = geometry_of(weight_shape, stride, padding, dilation, transposed, output_padding, groups)
     inputs, outputs = (t.transpose(0, 1).flatten(1, 2) for t in (x, grad))  # (R, B * C, *spatial)
     found = weight_gradient(inputs, outputs, geometry.of_several(x.shape[0]))
     return found.reshape(x.shape[0], *weight_shape)
@@ -122,6 +114,12 @@ has no groups. (`torch.library.custom_op` would import the compiler when it is f
 def options_of(geometry: Geometry) -> tuple[Any, ...]:
     """A geometry's fields, as an operator takes them."""
     return tuple(list(value) if isinstance(value, tuple) else value for value in vars(geometry).values())
+
+
+def geometry_of(weight_shape: Sequence[int], *options: Any) -> Geometry:
+    """The geometry, from its fields as an operator takes them."""
+    fields: list[Any] = [tuple(value) if isinstance(value, list) else value for value in options]
+    return Geometry(torch.Size(weight_shape), *fields)
 
 
 @register_flop_formula(torch.ops.perex.weight_gradients)

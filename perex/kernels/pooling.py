@@ -1,4 +1,4 @@
-"""Max pooling of images on CPUs, by the order of channels in which torch does it fast."""
+"""Max pooling of images on CPUs, where torch does it number by number."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from perex.kernels.blocks import example_blocks
+from perex.kernels.compiled.pooling import pooled
 from perex.kernels.large import in_memory
 
 WORTH_REORDERING = 2**16
@@ -26,9 +27,9 @@ def max_pool2d(
 ) -> Tensor | None:
     """What `torch.max_pool2d` gives, to the bit, or None where that is to be called.
 
-    With channels first, torch looks at one number after the other; with channels last, at as many channels at once as a
-    register holds. So the images are brought into that order, some at a time, and the result is brought back: 2 to 4
-    times faster. Gradients go where the operator's own would.
+    With channels first, torch looks at one number after the other: a kernel of our own looks at as many windows at once
+    as a register holds. Without it, torch does so for channels that are last: images are brought into that order, some
+    at a time, and the result is brought back. Gradients go where the operator's own would.
 
     Args:
         input: images `(N, C, H, W)`; the other arguments are the operator's own.
@@ -54,20 +55,25 @@ def pair(option: Any) -> list[int]:
     return values * 2 if len(values) == 1 else values
 
 
+def reordered(images: Tensor, options: list[Any]) -> list[Tensor]:
+    """The largest pixels, and where they are, by torch's operator, with channels last."""
+    results: list[Tensor] = []
+    for i, j in example_blocks(len(images), images[0].numel()):
+        part = images[i:j].contiguous(memory_format=torch.channels_last)
+        found = torch.ops.aten.max_pool2d_with_indices(part, *options)
+        results = results or [t.new_empty(len(images), *t.shape[1:]) for t in found]
+        for result, one in zip(results, found, strict=True):
+            result[i:j] = one
+    return results
+
+
 class Pooling(torch.autograd.Function):
     """The largest pixel of each window, for each channel."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, options: list[Any]) -> Tensor:
         """`(N, C, H, W)` to `(N, C, H', W')`."""
-        results: list[Tensor] = []  # the largest pixels, and where they are
-        for i, j in example_blocks(len(images), images[0].numel()):
-            part = images.detach()[i:j].contiguous(memory_format=torch.channels_last)
-            found = torch.ops.aten.max_pool2d_with_indices(part, *options)
-            results = results or [t.new_empty(len(images), *t.shape[1:]) for t in found]
-            for result, one in zip(results, found, strict=True):
-                result[i:j] = one
-        largest, indices = results
+        largest, indices = pooled(images.detach(), options) or reordered(images.detach(), options)
         ctx.save_for_backward(images, indices)
         ctx.options = options
         return largest

@@ -21,6 +21,11 @@ class Spot(NamedTuple):
     device: str
     dtype: torch.dtype
 
+    @property
+    def plain(self) -> bool:
+        """Whether tensors are real and in a CPU's memory, as plans suppose where they are told nothing."""
+        return self.device == "cpu" and not self.dtype.is_complex
+
 
 _current: ContextVar[Spot | None] = ContextVar("spot", default=None)
 

@@ -123,13 +123,13 @@ class Strategies:
         return {name: plan for name, plan in found if plan is not None}
 
     def spot(self) -> Spot | None:
-        """Where tensors are, if ways for GPUs come into question: on one, or elsewhere if one is asked for by name."""
+        """Where tensors are, if that matters: not plainly in a CPU's memory, or one for GPUs is asked for by name."""
         spot = current()
-        return spot if spot is not None and self.asked(spot.device == "cuda") else None
+        return spot if spot is not None and self.asked(spot) else None
 
-    def asked(self, on_gpu: bool) -> bool:
-        """Whether ways for GPUs come into question."""
-        return bool(self.on_gpu) and (on_gpu or not self.on_gpu.keys().isdisjoint(_current.get().names))
+    def asked(self, spot: Spot) -> bool:
+        """Whether it matters to plans where tensors are."""
+        return bool(self.on_gpu) and (not spot.plain or not self.on_gpu.keys().isdisjoint(_current.get().names))
 
     def choose(self, *shapes: Any) -> Plan:
         """The plan of the way that is taken for arguments of these shapes."""
@@ -169,8 +169,8 @@ class Strategies:
 
         Ways for GPUs are not even looked at for tensors on a CPU, unless one is asked for by name.
         """
-        tensor = args[0]
-        spot = Spot(tensor.device.type, tensor.dtype) if self.asked(tensor.is_cuda) else None
+        here = Spot(args[0].device.type, args[0].dtype)
+        spot = here if self.asked(here) else None
         if spot == current():
             return self.chosen(shapes, args)(*args)
         with at(spot):  # while it runs, too: it may ask for plans of its own, and for the size of blocks

@@ -1,0 +1,77 @@
+"""The shared library of kernels in C: found and loaded on the first question, if it was built and this CPU can run it.
+
+Its loops run on OpenMP's threads, which are torch's own: the library is linked to no OpenMP, so that its calls are
+bound to the one that torch has loaded. Where there is none, loading fails, and other ways have to do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perex.kernels.large import in_memory
+
+VERSION = 1
+"""What `kernels.c` says of itself; one more with each change of what its functions take."""
+
+NAMES = {torch.float32: "float", torch.float64: "double"}
+"""What C calls the numbers that there are kernels for."""
+
+BITS = {torch.float32: 32, torch.float64: 64}
+"""How many bits a number has."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None where it was not built, is of another version, or knows no instructions of this CPU."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_kernels{suffix}")
+        if path.exists():
+            try:
+                found = ctypes.CDLL(str(path))
+                fits = found.perex_version() == VERSION and found.perex_bits() > 0
+            except (AttributeError, OSError):
+                return None
+            return found if fits else None
+    return None
+
+
+@functools.cache
+def bits() -> int:
+    """How many bits the widest vectors have that this CPU and the kernels know; 0 where there is no library."""
+    found = library()
+    return 0 if found is None else int(found.perex_bits())
+
+
+def lanes(dtype: torch.dtype = torch.float32) -> int:
+    """How many numbers a vector holds."""
+    return bits() // BITS[dtype]
+
+
+def kernel(name: str, dtype: torch.dtype) -> Any:
+    """A kernel for numbers of some type."""
+    return getattr(library(), f"{name}_{NAMES[dtype]}_{bits()}")
+
+
+def room(name: str, like: Tensor, *args: Any) -> Tensor:
+    """As much memory as a kernel asks for, before it is called with these arguments."""
+    asked = kernel(f"{name}_room", like.dtype)
+    asked.restype = ctypes.c_int64
+    return like.new_empty(asked(*args))
+
+
+def runnable(*tensors: Tensor) -> bool:
+    """Whether kernels read these tensors: in a CPU's memory, all of one type, none of which autograd follows."""
+    dtype = tensors[0].dtype
+    return dtype in NAMES and all(t.dtype == dtype and in_memory(t) and not t.requires_grad for t in tensors)
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    """Where a tensor's numbers begin."""
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,49 @@
+"""Max pooling of images on CPUs, windows of neighbouring places side by side in a vector; its kernel: `pooling.h`."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perex.kernels.compiled.library import address, kernel, lanes, room, runnable
+
+LARGEST = 2**18
+"""The most pixels of an image: threads pack one, and larger ones leave the caches."""
+
+
+def pooled(images: Tensor, options: list[Any]) -> tuple[Tensor, Tensor] | None:
+    """What `aten.max_pool2d_with_indices` gives, to the bit, or None where there is no kernel for that.
+
+    Args:
+        images: `(N, C, H, W)`, contiguous.
+        options: kernel size, stride, padding and dilation, a pair each, and whether incomplete windows count.
+
+    Returns:
+        Tensors `(N, C, H', W')`: the largest pixels, and where in the image they are.
+    """
+    if not lanes() or not runnable(images) or images[0, 0].numel() > LARGEST:
+        return None
+    window, step, padding, spread, rounding = options
+    batch, channels, height, width = images.shape
+    axes = zip((height, width), window, step, padding, spread, strict=True)
+    places = [count(*of_axis, rounding) for of_axis in axes]
+    if min(places) < 1:
+        return None  # torch says what is wrong
+    integers = (
+        *(batch * channels, height, width, *places, torch.get_num_threads()),
+        *(*window, *step, *padding, *spread),
+    )
+    shape = (ctypes.c_int64 * len(integers))(*integers)
+    space, largest = room("pool", images, shape), images.new_empty(batch, channels, *places)
+    where = torch.empty_like(largest, dtype=torch.int64)
+    kernel("pool", images.dtype)(shape, *(address(tensor) for tensor in (images, largest, where, space)))
+    return largest, where
+
+
+def count(size: int, kernel: int, step: int, padding: int, spread: int, rounding: bool) -> int:
+    """How many windows there are along one dimension; incomplete ones, where these count, begin within the image."""
+    places = (size + 2 * padding - spread * (kernel - 1) - 1 + (step - 1 if rounding else 0)) // step + 1
+    return places - 1 if rounding and (places - 1) * step >= size + padding else places

@@ -1,0 +1,230 @@
+"""Kernels in C: over shapes, options, layouts, dtypes, vectors and threads; and perex without them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import BUILT, check, grid, without_kernels
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import perex
+from perex.kernels import convolution, pooling
+from perex.kernels.compiled import direct, gram, library, shape
+from perex.kernels.geometry import Geometry, weight_gradient
+
+VECTORS = [bits for bits in (256, 512) if bits <= library.bits()]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+needs_kernels = pytest.mark.skipif(not BUILT, reason="no C compiler, or a CPU without AVX2")
+
+
+@pytest.fixture
+def threads():
+    """Run on other numbers of threads, and on as many as before afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def laid_out(images: Tensor, layout: str) -> Tensor:
+    """The same numbers `(B, R, C, *spatial)`, in another order in memory."""
+    if layout == "channels last":
+        return images.movedim(2, -1).contiguous().movedim(-1, 2)
+    if layout == "a part":
+        return torch.stack((images, images + 1), -1)[..., 0]
+    if layout == "examples inside":
+        return images.movedim(0, -1).contiguous().movedim(-1, 0)
+    return images
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Geometry]:
+    """Convolutions with channels and places that fill vectors, or not, in one or two dimensions."""
+    nd, groups, turned = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.booleans())
+    kernel, stride, dilation, padding = (
+        draw(st.tuples(*[st.integers(least, most)] * nd)) for least, most in ((1, 7), (1, 3), (1, 3), (0, 3))
+    )
+    inner, outer = (groups * draw(st.sampled_from(sizes)) for sizes in ([1, 2, 3, 5, 9], [1, 4, 16, 33, 70]))
+    padding = tuple(min(p, k // 2) for p, k in zip(padding, kernel, strict=True))
+    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "padding": padding, "groups": groups}
+    least = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    sides = [size + draw(st.integers(0, 20)) for size in least]
+    batch, images = draw(st.integers(1, 5)), draw(st.integers(1, 2))
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d) if turned else (nn.Conv1d, nn.Conv2d)
+    layer = kind[nd - 1](inner, outer, kernel, **options, dtype=dtype)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(batch, images, inner, *sides, dtype=dtype, generator=generator)
+    out = layer(x.flatten(0, 1)).detach()
+    grads = torch.randn(out.shape, dtype=dtype, generator=generator).unflatten(0, (batch, images))
+    layouts = st.sampled_from(["as they come", "channels last", "a part", "examples inside"])
+    geometry = Geometry(
+        layer.weight.shape, layer.stride, layer.padding, layer.dilation, turned, layer.output_padding, groups
+    )  # fmt: skip
+    return laid_out(x, draw(layouts)), laid_out(grads, draw(layouts)), geometry
+
+
+def by_backend(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
+    return torch.stack([weight_gradient(x[b].double(), grads[b].double(), geometry) for b in range(len(x))])
+
+
+@needs_kernels
+@pytest.mark.parametrize("cached", [1, shape.CACHED], ids=["a row at a time", "whole images"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("bits", VECTORS)
+def test_multiplied_out(bits, count, cached, threads, monkeypatch):
+    monkeypatch.setattr(library, "bits", lambda: bits)
+    monkeypatch.setattr(shape, "CACHED", cached)
+    threads(count)
+
+    @grid(150)
+    @given(cases())
+    def drawn(case):
+        x, grads, geometry = case
+        expected, tolerance = by_backend(*case), TOLERANCE[x.dtype]
+        squares = expected.flatten(1).square().sum(1)
+        for summing in (False, True):
+            found, total = direct.squares_and_sum(*case, summing)
+            torch.testing.assert_close(found.sum(1).double(), squares, rtol=tolerance, atol=tolerance)
+            if total is not None:
+                wanted = expected.sum(0)
+                assert total.dtype == x.dtype and total.shape == wanted.shape
+                assert (total - wanted).abs().max() <= tolerance * (1 + wanted.abs().max())
+
+    drawn()
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("bits", VECTORS)
+def test_from_pairs_of_pixels(bits, count, threads, monkeypatch):
+    monkeypatch.setattr(library, "bits", lambda: bits)
+    threads(count)
+
+    @grid(150)
+    @given(cases())
+    def drawn(case):
+        tolerance = TOLERANCE[case[0].dtype]
+        squares = by_backend(*case).flatten(1).square().sum(1)
+        found, sizes = gram.inner_products(*case)
+        assert ((found - squares).abs() <= tolerance * sizes + 1e-30).all()
+        assert (sizes >= (1 - tolerance) * found.abs()).all()
+
+    drawn()
+
+
+@needs_kernels
+@pytest.mark.parametrize("run", [convolution.compiled_direct, convolution.compiled_pixel_gram])
+def test_what_is_wrong_with_one_example_is_its_own(run):
+    geometry = Geometry(torch.Size((5, 4, 3, 3)), (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    x, grads = torch.randn(6, 1, 4, 7, 7), torch.randn(6, 1, 5, 7, 7)
+    expected = run(x, grads, geometry)
+    x[1, 0, 0, 3, 3], grads[4, 0, 0, 0, 0] = torch.nan, torch.inf
+    found = run(x, grads, geometry)
+    assert not found[[1, 4]].isfinite().any()
+    assert torch.equal(found[[0, 2, 3, 5]], expected[[0, 2, 3, 5]])
+
+
+@needs_kernels
+def test_terms_that_cancel_are_multiplied_out():
+    """With inputs that are all alike and gradients that add up to nothing, the Gram form has no digit left."""
+    geometry = Geometry(torch.Size((4, 3, 1, 1)), (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    grads = torch.randn(3, 1, 4, 8, 8)
+    grads[1] -= grads[1].mean((-1, -2), keepdim=True)
+    x = torch.full((3, 1, 3, 8, 8), 1000.0)
+    expected = by_backend(x, grads, geometry).flatten(1).square().sum(1)
+    found = convolution.compiled_pixel_gram(x, grads, geometry).double()
+    exact = by_backend(x, grads, geometry)[1].abs().max()
+    assert (found - expected).abs()[[0, 2]].max() <= 1e-4 * expected[0]
+    assert found[1] <= 12 * (1e-3 + exact) ** 2 * 64  # what rounding the sum of 64 gradients leaves
+
+
+@needs_kernels
+@pytest.mark.parametrize("run", [convolution.compiled_direct, convolution.compiled_pixel_gram])
+def test_where_kernels_cannot_read_other_ways_do(run):
+    geometry = Geometry(torch.Size((5, 4, 3, 3)), (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    x, grads = torch.randn(6, 1, 4, 7, 7), torch.randn(6, 1, 5, 7, 7)
+    expected = run(x, grads, geometry)
+    followed = x.clone().requires_grad_()
+    found = run(followed, grads, geometry)
+    torch.testing.assert_close(found.detach(), expected)
+    assert torch.autograd.grad(found.sum(), followed)[0].abs().sum() > 0
+    stacked = torch.func.vmap(lambda x, g: run(x, g, geometry))(torch.stack((x, x)), torch.stack((grads, grads)))
+    torch.testing.assert_close(stacked, torch.stack((expected, expected)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("way", ["compiled direct", "compiled pixel Gram"])
+def test_operations_are_counted(way):
+    geometry = Geometry(torch.Size((32, 3, 3, 3)), (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    x, grads = torch.randn(4, 1, 3, 8, 8), torch.randn(4, 1, 32, 8, 8)
+    plan = convolution.NORMS.ways[way].plan(x.shape, grads.shape, geometry)
+    with FlopCounterMode(display=False) as counter:
+        convolution.NORMS.ways[way].run(x, grads, geometry)
+    assert counter.get_total_flops() == plan.flops > 0
+
+
+@needs_kernels
+def test_there_are_none_for_three_dimensions_or_other_numbers():
+    geometry = Geometry(torch.Size((2, 2, 1, 1, 1)), (1,) * 3, (0,) * 3, (1,) * 3, False, (0,) * 3, 1)
+    volumes = torch.Size((3, 1, 2, 4, 4, 4))
+    assert direct.plan(volumes, volumes, geometry) is None and gram.plan(volumes, volumes, geometry) is None
+    long = replace(geometry, weight_shape=torch.Size((2, 2, shape.LONGEST + 1)), stride=(1,))
+    assert not shape.applies(long)
+    layer = nn.Conv2d(2, 3, 3, dtype=torch.complex128)
+    with perex.attach(layer, loss_reduction="sum") as px:
+        layer(torch.randn(3, 2, 5, 5, dtype=torch.complex128)).abs().sum().backward()
+        assert "compiled" not in str(px.report())
+
+
+def net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 40, 3), nn.Flatten(), nn.LazyLinear(5)
+    )  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize("param_grads", [True, False])
+def test_a_model_takes_them(param_grads, monkeypatch):
+    monkeypatch.setattr(pooling, "WORTH_REORDERING", 1)
+    model, x = net(), torch.randn(8, 3, 16, 16)
+    model(x)
+    with perex.attach(model, param_grads=param_grads) as px:
+        for _ in range(3):
+            nn.functional.cross_entropy(model(x), torch.arange(8) % 5).backward()
+        assert str(px.report()).count("compiled") == 2
+
+
+def test_a_model_without_them():
+    model, x = net().double(), torch.randn(8, 3, 16, 16, dtype=torch.float64)
+    model(x)
+    with without_kernels():
+        check(model, (x,))
+        with perex.attach(model) as px:
+            nn.functional.cross_entropy(model(x), torch.arange(8) % 5).backward()
+            assert "compiled" not in str(px.report())
+
+
+def test_another_version_is_not_called(monkeypatch):
+    monkeypatch.setattr(library, "VERSION", library.VERSION + 1)
+    library.library.cache_clear()
+    try:
+        assert library.library() is None
+    finally:
+        monkeypatch.undo()
+        library.library.cache_clear()
+    assert (library.library() is not None) == BUILT
+
+
+def test_they_were_built():
+    """Not a test of the build if there is no compiler; where there is one, a build that failed is not to go unseen."""
+    if shutil.which("gcc") is None or not library.Path(library.__file__).with_name("kernels.c").exists():
+        pytest.skip("no C compiler")
+    assert BUILT
