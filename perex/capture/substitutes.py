@@ -49,21 +49,21 @@ def run(
     out: Tensor | None = None
     if ours(forward):
         if parameters is not None:
-            out = multiplied(func, args, kwargs, parameters)
+            out = to_rounding(func, args, kwargs, parameters)
         elif func in ALIKE_TO_THE_BIT:
             out = ALIKE_TO_THE_BIT[func](*args, **kwargs)
     return func(*args, **kwargs) if out is None else out
 
 
-def multiplied(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Parameters) -> Tensor | None:
-    """What an operator on parameters and examples gives, if it is a product that perex does faster, to rounding.
+def to_rounding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Parameters) -> Tensor | None:
+    """What an operator on parameters and examples gives, if perex does it faster, to rounding.
 
     Not where gradients of parameters are computed, which are to stay as they are, to the bit, as outputs are; nor where
     parameters are shards, or computed with in another dtype.
     """
     rule = OPERATORS.get(func)
-    if parameters.param_grads or parameters.sharded or rule is None or rule.product is None:
+    if parameters.param_grads or parameters.sharded or rule is None or rule.substitute is None:
         return None
     if torch.is_autocast_enabled("cpu") or len(args) > len(rule.arguments):
         return None
-    return rule.product.run({**dict(zip(rule.arguments, args, strict=False)), **kwargs})
+    return rule.substitute.run({**dict(zip(rule.arguments, args, strict=False)), **kwargs})

@@ -36,7 +36,7 @@ def added(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
     saves={"weight": "input"},
     narrow=True,
     multiplies=True,
-    product=Product("input", "weight", "bias", transposed=True),
+    substitute=Product("input", "weight", "bias", transposed=True),
 )
 def linear(captured: Captured) -> dict[str, Factor]:
     r"""`F.linear`: $W$ is `(d_out, d_in)`, and the bias's gradient is $\sum_t g_{bt}$."""
@@ -65,7 +65,7 @@ def linear(captured: Captured) -> dict[str, Factor]:
     applies=lambda tensors: tensors["other"].dim() == 2 and tensors["input"].dim() >= 2,
     narrow=True,
     multiplies=True,
-    product=Product("input", "other"),
+    substitute=Product("input", "other"),
 )
 def matmul(captured: Captured) -> dict[str, Factor]:
     r"""`x @ W`: $W$ is `(d_in, d_out)`, so $G_b = \sum_t x_{bt} g_{bt}^\top$."""
@@ -82,7 +82,7 @@ def matmul(captured: Captured) -> dict[str, Factor]:
     applies=lambda tensors: tensors["input"].dim() == 1,
     narrow=True,
     multiplies=True,
-    product=Product("mat1", "mat2", "input"),
+    substitute=Product("mat1", "mat2", "input"),
 )
 def addmm(captured: Captured) -> dict[str, Factor]:
     """`bias + x @ W`: HF's `Conv1D`, which stores `W` as `(d_in, d_out)`."""

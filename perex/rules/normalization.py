@@ -15,6 +15,7 @@ from perex.kernels.affine import plane_sums, row_sums
 from perex.rules.call import Captured
 from perex.rules.linear import summed
 from perex.rules.registry import operator_rule
+from perex.rules.rescaling import Rescaling
 
 
 def affine(captured: Captured, normalize: Callable[[Tensor, float], Tensor], trailing: bool) -> dict[str, Factor]:
@@ -122,6 +123,7 @@ def instance_norm(captured: Captured) -> dict[str, Factor]:
     parameters="weight bias",
     saves={"weight": "input running_mean running_var"},
     narrow=True,
+    substitute=Rescaling(),
 )
 def batch_norm(captured: Captured) -> dict[str, Factor]:
     """With running statistics; with those of the batch it never gets here."""

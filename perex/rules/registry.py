@@ -10,13 +10,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from perex.factors.base import Factor
 from perex.rules.call import Captured
-from perex.rules.product import Product
+
+
+class Substitute(Protocol):
+    """What runs in an operator's place, where it is faster: the same to rounding, with gradients of examples alone."""
+
+    def run(self, given: Mapping[str, Any]) -> Tensor | None:
+        """What the operator gives for these arguments, or None where it is to be run itself."""
+
 
 RuleFunction = Callable[[Captured], dict[Any, Factor]]
 
@@ -35,7 +42,7 @@ class Rule:
         applies: whether it covers a call with these arguments, by their names.
         narrow: whether it takes half precision as it is on GPUs, makes factors of that, and adds up in float32.
         multiplies: whether autocast has the operator read its arguments in half precision.
-        product: what it multiplies, where it is a product with a matrix and no more.
+        substitute: what may run in its place where no gradient of its parameters is wanted.
     """
 
     name: str
@@ -46,7 +53,7 @@ class Rule:
     applies: Callable[[dict[str, Any]], bool] = field(default=lambda given: True)
     narrow: bool = False
     multiplies: bool = False
-    product: Product | None = None
+    substitute: Substitute | None = None
 
 
 OPERATORS: dict[Any, Rule] = {}
@@ -61,7 +68,7 @@ def operator_rule(
     applies: Callable[[dict[str, Any]], bool] = lambda given: True,
     narrow: bool = False,
     multiplies: bool = False,
-    product: Product | None = None,
+    substitute: Substitute | None = None,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule for torch operators.
 
@@ -74,7 +81,7 @@ def operator_rule(
         applies: a test on the call's arguments, by their names; where it fails, the general path is taken.
         narrow: whether the rule takes half precision as it is; see `Rule`.
         multiplies: whether autocast has the operators read half precision; see `Rule`.
-        product: what the operators multiply; see `Rule`.
+        substitute: what may run in their place; see `Rule`.
 
     Raises:
         ValueError: an operator has a rule already.
@@ -90,7 +97,7 @@ def operator_rule(
             applies,
             narrow,
             multiplies,
-            product,
+            substitute,
         )
         for operator in dict.fromkeys(operators):
             if operator in OPERATORS:

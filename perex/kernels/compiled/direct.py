@@ -82,9 +82,9 @@ def _squares(x: Tensor, grads: Tensor, total: Tensor | None, *options: Any) -> T
     geometry = geometry_of(*options)
     wide, narrow = oriented(x, grads, geometry)
     shape = shape_of(wide, narrow, geometry)
-    space = room("direct", x, shape, ctypes.c_int64(total is not None))
     found = x.new_empty(len(x), shape[1])  # by parts
-    kernel("direct", x.dtype)(shape, *(address(tensor) for tensor in (wide, narrow, found, total, space)))
+    with room("direct", x.dtype, shape, ctypes.c_int64(total is not None)) as space:
+        kernel("direct", x.dtype)(shape, *(address(tensor) for tensor in (wide, narrow, found, total)), space)
     return found
 
 

@@ -81,16 +81,16 @@ FUNCTION static void NAME(products)(const NAME(Grid) *g, const NAME(Layout) *l, 
         NAME(pack_lanes)(g, l, images, n * ROWS, tiles + n * tile);
     for (size row = 0; row < rows; row++) {
         const REAL *from = images + row / g->rows * g->image + (g->top + row % g->rows) * l->row + g->left * l->pixel;
-        for (size piece = 1, n = 0; piece <= pieces; piece++) {
-            size start = n;
-            for (; n < piece * g->threes / pieces; n++)
-                begins[n - start] = n * 3 * l->pixel;
-            VECTOR *here = (VECTOR *)(gram + (row * g->threes + start) * 3 * g->next);
-            memset(here, 0, (n - start) * 3 * g->next * sizeof(REAL));
-            for (size i = 0; i * ROWS < (row + 1) * g->pitch; i++)
+        VECTOR *to = (VECTOR *)(gram + row * g->threes * 3 * g->next);
+        memset(to, 0, g->threes * 3 * g->next * sizeof(REAL));
+        for (size i = 0; i * ROWS < (row + 1) * g->pitch; i++)
+            for (size piece = 1, n = 0; piece <= pieces; piece++) {
+                size start = n;
+                for (; n < piece * g->threes / pieces; n++)
+                    begins[n - start] = n * 3 * l->pixel;
                 NAME(multiply)(n - start, tiles + i * tile, from, begins, l->pixel, 1, g->channels, 0, l->channel,
-                               here + 2 * i, next);
-        }
+                               to + start * 3 * next + 2 * i, next);
+            }
     }
 }
 

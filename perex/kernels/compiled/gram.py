@@ -33,7 +33,7 @@ def plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
     if not applies(geometry) or held > LARGEST:
         return None
     flops = operations(x, grads, geometry.weight_shape, geometry.transposed, geometry.groups)
-    moved = 2 * (x.numel() + grads.numel())
+    moved = x.numel() + grads.numel()
     return Plan("compiled pixel Gram", flops, torch.get_num_threads() * 2 * held, moved, COST, CALL)
 
 
@@ -74,9 +74,9 @@ def _squares(x: Tensor, grads: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     geometry = geometry_of(*options)
     wide, narrow = oriented(x, grads, geometry)
     shape = shape_of(wide, narrow, geometry, whole=True)
-    space = room("gram", x, shape)
     squares, sizes = x.new_empty(2, len(x), geometry.groups)
-    kernel("gram", x.dtype)(shape, *(address(tensor) for tensor in (wide, narrow, squares, sizes, space)))
+    with room("gram", x.dtype, shape) as space:
+        kernel("gram", x.dtype)(shape, *(address(tensor) for tensor in (wide, narrow, squares, sizes)), space)
     return squares, sizes
 
 

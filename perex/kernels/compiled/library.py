@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,11 @@ NAMES = {torch.float32: "float", torch.float64: "double"}
 
 BITS = {torch.float32: 32, torch.float64: 64}
 """How many bits a number has."""
+
+SPARE = 2**23
+"""Bytes that are kept from one kernel's run to the next, at most."""
+
+_spare: list[Tensor] = []
 
 
 @functools.cache
@@ -59,11 +66,24 @@ def kernel(name: str, dtype: torch.dtype) -> Any:
     return getattr(library(), f"{name}_{NAMES[dtype]}_{bits()}")
 
 
-def room(name: str, like: Tensor, *args: Any) -> Tensor:
-    """As much memory as a kernel asks for, before it is called with these arguments."""
-    asked = kernel(f"{name}_room", like.dtype)
+@contextmanager
+def room(name: str, dtype: torch.dtype, *args: Any) -> Iterator[ctypes.c_void_p]:
+    """As much memory as a kernel asks for, before it is called with these arguments; for as long as it runs.
+
+    What is not large is kept for the next one: memory that is new to the process costs more than writing to it.
+    """
+    asked = kernel(f"{name}_room", dtype)
     asked.restype = ctypes.c_int64
-    return like.new_empty(asked(*args))
+    size = asked(*args) * dtype.itemsize
+    try:
+        space = _spare.pop()  # by one thread or another
+    except IndexError:
+        space = None
+    if space is None or space.numel() < size:
+        space = torch.empty(size, dtype=torch.uint8, device="cpu")
+    yield ctypes.c_void_p(space.data_ptr())
+    if space.numel() <= SPARE:
+        _spare.append(space)
 
 
 def runnable(*tensors: Tensor) -> bool:

@@ -73,6 +73,12 @@ FUNCTION static void NAME(pack_wide)(const Shape *s, const NAME(Layout) *l, cons
     stop = stop < l->width ? stop : l->width;
     size apart = l->gather_x * s->wide[4], count = (stop - left) * l->pixel;
     int in_runs = apart == l->pixel && (several == 1 || s->wide[2] == 1);
+    int whole = in_runs && l->row == s->wide[3] && l->width == s->width && l->gather_y == 1 && s->padding_y == 0;
+    if (whole && s->padding_x == 0 && first * l->step_y + l->height <= s->height) { /* as it lies */
+        for (size c = 0; c < s->channels; c += several)
+            NAME(copy)(band + c * l->channel, image + c * s->wide[2] + first * l->step_y * l->row, l->height * l->row);
+        return;
+    }
     for (size c = 0; c < s->channels; c += several)
         for (size i = 0; i < l->height; i++) {
             REAL *to = band + c * l->channel + i * l->row + left * l->pixel;

@@ -37,9 +37,10 @@ def pooled(images: Tensor, options: list[Any]) -> tuple[Tensor, Tensor] | None:
         *(*window, *step, *padding, *spread),
     )
     shape = (ctypes.c_int64 * len(integers))(*integers)
-    space, largest = room("pool", images, shape), images.new_empty(batch, channels, *places)
+    largest = images.new_empty(batch, channels, *places)
     where = torch.empty_like(largest, dtype=torch.int64)
-    kernel("pool", images.dtype)(shape, *(address(tensor) for tensor in (images, largest, where, space)))
+    with room("pool", images.dtype, shape) as space:
+        kernel("pool", images.dtype)(shape, *(address(tensor) for tensor in (images, largest, where)), space)
     return largest, where
 
 

@@ -10,6 +10,7 @@
 #include "gram.h"
 #include "pooling.h"
 
+
 #undef ROWS
 #undef RUNS
 #undef VECTOR
