@@ -33,7 +33,7 @@ def pooled(images: Tensor, options: list[Any]) -> tuple[Tensor, Tensor] | None:
     if min(places) < 1:
         return None  # torch says what is wrong
     integers = (
-        *(batch * channels, height, width, *places, torch.get_num_threads()),
+        *(batch * channels, height, width, *places, min(torch.get_num_threads(), batch * channels)),
         *(*window, *step, *padding, *spread),
     )
     shape = (ctypes.c_int64 * len(integers))(*integers)

@@ -45,8 +45,9 @@ def shape_of(wide: Tensor, narrow: Tensor, geometry: Geometry, whole: bool = Fal
     width = (places[1] - 1) * step[1] + (kernel[1] - 1) * spread[1] + 1
     a_row = channels // geometry.groups * width * step[0] + 2 * lanes(wide.dtype) * places[1]
     band = places[0] if whole else max(1, min(places[0], CACHED // a_row))
+    tasks = batch * (geometry.groups if whole else parts)
     found = (
-        *(threads, parts, batch, images, geometry.groups, rows, channels // geometry.groups, *sides, *places),
-        *(*kernel, *step, *spread, *padding, band, *wide.stride(), *narrow.stride()),
+        *(min(threads, tasks), parts, batch, images, geometry.groups, rows, channels // geometry.groups),
+        *(*sides, *places, *kernel, *step, *spread, *padding, band, *wide.stride(), *narrow.stride()),
     )
     return (ctypes.c_int64 * len(found))(*found)
