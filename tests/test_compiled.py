@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import perex
 from perex.kernels import convolution, pooling
 from perex.kernels.compiled import direct, gram, library, shape
+from perex.kernels.compiled.pooling import pooled
 from perex.kernels.geometry import Geometry, weight_gradient
 
 VECTORS = [bits for bits in (256, 512) if bits <= library.bits()]
@@ -228,3 +229,30 @@ def test_they_were_built():
     if shutil.which("gcc") is None or not library.Path(library.__file__).with_name("kernels.c").exists():
         pytest.skip("no C compiler")
     assert BUILT
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [7, 8, 35])
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan])
+def test_pixels_that_no_place_meets_do_not_count(width, poison):
+    """Rows between those that a stride picks: the products of the last of an odd number of places end before them."""
+    geometry = Geometry(torch.Size((32, 3, 2, 3)), (3, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    x, grads = (torch.randn(4, 1, *size, dtype=torch.float64) for size in ((3, 33, width), (32, 11, width - 2)))
+    expected = by_backend(x, grads, geometry)
+    x[..., 2::3, :] = poison
+    squares = expected.flatten(1).square().sum(1)
+    for run in (convolution.compiled_direct, convolution.compiled_pixel_gram):
+        torch.testing.assert_close(run(x, grads, geometry), squares)
+    found, total = direct.squares_and_sum(x, grads, geometry, True)
+    torch.testing.assert_close(found.sum(1), squares)
+    torch.testing.assert_close(total, expected.sum(0))
+
+
+@needs_kernels
+def test_pooling_that_vectors_are_too_wide_for_is_left_to_others():
+    images = torch.randn(2, 3, 64, 64)
+    for window, step in (([64, 64], [64, 64]), ([2, 2], [2, 20000]), ([8, 8], [1, 5])):
+        assert pooled(images, [window, step, [0, 0], [1, 1], False]) is None
+    assert pooled(torch._neg_view(images), [[2, 2], [2, 2], [0, 0], [1, 1], False]) is None
+    assert pooled(images[:0], [[2, 2], [2, 2], [0, 0], [1, 1], False]) is None
+    assert pooled(images, [[2, 2], [2, 2], [0, 0], [1, 1], False]) is not None

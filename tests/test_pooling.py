@@ -266,3 +266,9 @@ def test_strides_are_those_of_torch(shape, layout, small):
     x = torch.empty_strided(shape, torch.empty(shape).to(memory_format=layout).stride()).copy_(x)
     expected, found = F.max_pool2d(x, 1, 1), pooling.max_pool2d(x, 1, 1)
     assert found is None or torch.equal(found, expected) and found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("size", [torch.tensor(2), (torch.tensor(2), 2), 2.0])
+def test_sizes_that_are_no_integers_are_left_to_torch(size, small):
+    x = torch.randn(B, C, SIDE, SIDE)
+    assert pooling.max_pool2d(x, 2) is not None and pooling.max_pool2d(x, size) is None

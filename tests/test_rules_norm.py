@@ -168,3 +168,13 @@ def test_a_slope_for_what_is_no_number(slopes):
     expected = [torch.autograd.grad(model(x[b : b + 1]).sum(), model[0].weight)[0].norm() for b in range(4)]
     torch.testing.assert_close(px.norms(), torch.stack(expected), equal_nan=True)
     assert px.norms().isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}])
+def test_batch_norm_of_no_examples(options):
+    """torch's backward of it divides by zero, in a way that ends the process, if it is asked for no channels."""
+    model = nn.Sequential(nn.BatchNorm2d(4, **options), nn.Flatten(), nn.Linear(16, 2)).eval()
+    with perex.attach(model, param_grads=False) as px:
+        for _ in range(3):
+            px.backward(model(torch.randn(0, 4, 2, 2)).square().sum(1))
+            assert px.norms().shape == (0,)

@@ -25,6 +25,8 @@ def plane_sums(x: Tensor, grads: Tensor, mean: Tensor, variance: Tensor, eps: fl
     Returns:
         Tensors `(B, C)`.
     """
+    if not x.numel():
+        return x.new_zeros(x.shape[0], x.shape[2]), x.new_zeros(x.shape[0], x.shape[2])
     if x.is_cuda and usable(Spot("cuda", x.dtype)) and usable(Spot("cuda", grads.dtype)):
         from perex.kernels.triton.affine import plane_sums as fused
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,10 @@ from perex.kernels.large import in_memory
 
 WORTH_REORDERING = 2**16
 """Pixels that images have to have in all: below, it is over in a tenth of a millisecond."""
+
+
+LARGEST_WINDOW = 36
+"""Pixels that a window has at most: torch is as fast where there are many to each place."""
 
 
 def max_pool2d(
@@ -45,13 +50,18 @@ def max_pool2d(
     if input.stride() != (channels * height * width, height * width, width, 1):  # of one channel, both orders are one
         return None
     options = kernel_size, kernel_size if stride in (None, (), []) else stride, padding, dilation
-    found: Tensor = Pooling.apply(input, [*map(pair, options), ceil_mode])
+    pairs = [pair(option) for option in options]
+    if None in pairs or math.prod(pairs[0] or ()) > LARGEST_WINDOW:
+        return None
+    found: Tensor = Pooling.apply(input, [*pairs, ceil_mode])
     return found
 
 
-def pair(option: Any) -> list[int]:
-    """An option of both spatial dimensions."""
-    values = [option] if isinstance(option, int) else list(option)
+def pair(option: Any) -> list[int] | None:
+    """An option of both spatial dimensions; None where it is not of integers, which is for torch to read."""
+    values = list(option) if isinstance(option, (list, tuple)) else [option]
+    if not all(isinstance(value, int) for value in values):
+        return None
     return values * 2 if len(values) == 1 else values
 
 

@@ -52,6 +52,11 @@ FUNCTION static NAME(Way) NAME(way)(const Shape *s)
     if (s->kernel_x == 3 && s->step_x == 1 && s->spread_x == 1 && s->places_x > 3) {
         w.planes = 4;
         w.columns = 3;
+        if (s->places_x % 2) { /* a last place is alone, with a pixel beyond the row that is nobody's: nothing, not the next row's */
+            w.image.width++;
+            w.image.row = w.image.width * w.image.pixel;
+            w.image.channel = w.image.channel > 1 ? w.image.height * w.image.width : 1;
+        }
         w.shape.kernel_x = 1;
         w.shape.places_x = (s->places_x + 1) / 2;
         w.plane.width = (w.shape.places_x + LANES - 1) / LANES * LANES;

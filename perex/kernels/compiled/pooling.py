@@ -10,6 +10,12 @@ from torch import Tensor
 
 from perex.kernels.compiled.library import address, kernel, lanes, room, runnable
 
+WIDEST_STEP = 4
+"""From how far apart a vector's pixels are collected one by one, at most."""
+
+WASTE = 4
+"""How many times as many lanes a row may have as places."""
+
 LARGEST = 2**18
 """The most pixels of an image: threads pack one, and larger ones leave the caches."""
 
@@ -24,14 +30,14 @@ def pooled(images: Tensor, options: list[Any]) -> tuple[Tensor, Tensor] | None:
     Returns:
         Tensors `(N, C, H', W')`: the largest pixels, and where in the image they are.
     """
-    if not lanes() or not runnable(images) or images[0, 0].numel() > LARGEST:
-        return None
     window, step, padding, spread, rounding = options
     batch, channels, height, width = images.shape
+    if not lanes() or not runnable(images) or images.is_neg() or height * width > LARGEST or step[1] > WIDEST_STEP:
+        return None
     axes = zip((height, width), window, step, padding, spread, strict=True)
     places = [count(*of_axis, rounding) for of_axis in axes]
-    if min(places) < 1:
-        return None  # torch says what is wrong
+    if min(batch, channels, *places) < 1 or WASTE * places[1] < lanes(images.dtype):
+        return None  # if there are no places, torch says what is wrong
     integers = (
         *(batch * channels, height, width, *places, min(torch.get_num_threads(), batch * channels)),
         *(*window, *step, *padding, *spread),
