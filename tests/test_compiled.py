@@ -256,3 +256,38 @@ def test_pooling_that_vectors_are_too_wide_for_is_left_to_others():
     assert pooled(torch._neg_view(images), [[2, 2], [2, 2], [0, 0], [1, 1], False]) is None
     assert pooled(images[:0], [[2, 2], [2, 2], [0, 0], [1, 1], False]) is None
     assert pooled(images, [[2, 2], [2, 2], [0, 0], [1, 1], False]) is not None
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "size, kernel", [((512, 512), (1, 1)), ((300, 300), (3, 3)), ((2**18,), (3,)), ((1, 9001), (1, 5))]
+)
+def test_long_sums_keep_their_digits(size, kernel):
+    """Numbers of one sign over many places: the sum of one place after the other would lose three digits."""
+    ones = (1,) * len(size)
+    geometry = Geometry(torch.Size((4, 2, *kernel)), ones, (0,) * len(size), ones, False, (0,) * len(size), 1)
+    x = torch.full((2, 1, 2, *size), 0.3)
+    grads = torch.full((2, 1, 4, *(n - k + 1 for n, k in zip(size, kernel, strict=True))), 0.7)
+    expected = by_backend(x, grads, geometry)
+    found, total = direct.squares_and_sum(x, grads, geometry, True)
+    torch.testing.assert_close(found.sum(1).double(), expected.flatten(1).square().sum(1), rtol=2e-4, atol=0)
+    torch.testing.assert_close(total.double(), expected.sum(0), rtol=1e-4, atol=0)
+
+
+@needs_kernels
+def test_options_that_torch_refuses_are_left_to_it():
+    images = torch.randn(8, 16, 32, 32)
+    for window, step, padding, spread in (
+        (3, 1, -1, 1), (3, 1, -60, 1), (2, 2, 1, 0), (3, 1, 3, 1), (0, 1, 0, 1), (-1, 1, 0, 1), (2, 2, 0, -1), (2, 0, 0, 1),
+    ):  # fmt: skip
+        assert pooled(images, [[window] * 2, [step] * 2, [padding] * 2, [spread] * 2, False]) is None
+    assert pooled(torch._efficientzerotensor((8, 16, 32, 32)), [[2] * 2, [2] * 2, [0] * 2, [1] * 2, False]) is None
+
+
+@needs_kernels
+def test_no_examples():
+    geometry = Geometry(torch.Size((4, 3, 3, 3)), (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    x, grads = torch.randn(0, 1, 3, 8, 8), torch.randn(0, 1, 4, 8, 8)
+    found, total = direct.squares_and_sum(x, grads, geometry, True)
+    assert found.shape[0] == 0 and not total.any()
+    assert gram.inner_products(x, grads, geometry)[0].shape == (0,)

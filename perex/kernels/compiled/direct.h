@@ -3,17 +3,25 @@
  * A tile of G_b has ROWS rows, channels of g, and as many columns as the weight; a few columns at a time are in registers.
  */
 
+#define SPELL 4096 /* places of a row that are added up at a time, at most */
+
 /* Adds what a band brings to one tile of G. */
 FUNCTION static void NAME(multiply_all)(const Shape *s, const NAME(Layout) *l, const REAL *g, const REAL *x, size rows,
                                         VECTOR *G)
 {
-    size pieces = (l->threes + RUNS - 1) / RUNS, begins[RUNS], n = 0;
+    size pieces = (l->threes + RUNS - 1) / RUNS, begins[RUNS], n = 0, w = s->places_x;
+    size down = l->step_y * l->row, right = l->step_x * l->pixel;
     for (size piece = 1; piece <= pieces; piece++) {
         size from = n;
         for (; n < piece * l->threes / pieces; n++)
             begins[n - from] = NAME(begins)(s, l, n);
-        NAME(multiply)(n - from, g, x, begins, l->apart, rows, s->places_x, l->step_y * l->row, l->step_x * l->pixel,
-                       G + from * 6, 2);
+        if (w <= SPELL)
+            NAME(multiply)(n - from, g, x, begins, l->apart, rows, w, down, right, G + from * 6, 2);
+        else
+            for (size y = 0; y < rows; y++)
+                for (size p = 0; p < w; p += SPELL)
+                    NAME(multiply)(n - from, g + (y * w + p) * ROWS, x + y * down + p * right, begins, l->apart, 1,
+                                   w - p < SPELL ? w - p : SPELL, down, right, G + from * 6, 2);
     }
 }
 

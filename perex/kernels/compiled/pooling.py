@@ -32,12 +32,14 @@ def pooled(images: Tensor, options: list[Any]) -> tuple[Tensor, Tensor] | None:
     """
     window, step, padding, spread, rounding = options
     batch, channels, height, width = images.shape
-    if not lanes() or not runnable(images) or images.is_neg() or height * width > LARGEST or step[1] > WIDEST_STEP:
+    if not lanes() or not plain(images) or height * width > LARGEST or step[1] > WIDEST_STEP:
         return None
+    if min(*window, *step, *spread) < 1 or any(not 0 <= p <= k // 2 for p, k in zip(padding, window, strict=True)):
+        return None  # torch says what is wrong
     axes = zip((height, width), window, step, padding, spread, strict=True)
     places = [count(*of_axis, rounding) for of_axis in axes]
     if min(batch, channels, *places) < 1 or WASTE * places[1] < lanes(images.dtype):
-        return None  # if there are no places, torch says what is wrong
+        return None
     integers = (
         *(batch * channels, height, width, *places, min(torch.get_num_threads(), batch * channels)),
         *(*window, *step, *padding, *spread),
@@ -48,6 +50,13 @@ def pooled(images: Tensor, options: list[Any]) -> tuple[Tensor, Tensor] | None:
     with room("pool", images.dtype, shape) as space:
         kernel("pool", images.dtype)(shape, *(address(tensor) for tensor in (images, largest, where)), space)
     return largest, where
+
+
+def plain(images: Tensor) -> bool:
+    """Whether images lie in memory as they are, and nobody wants to see the operators."""
+    if images.is_neg() or images._is_zerotensor() or torch._C._len_torch_dispatch_stack():
+        return False
+    return runnable(images)
 
 
 def count(size: int, kernel: int, step: int, padding: int, spread: int, rounding: bool) -> int:

@@ -47,7 +47,7 @@ def shape_of(wide: Tensor, narrow: Tensor, geometry: Geometry, whole: bool = Fal
     band = places[0] if whole else max(1, min(places[0], CACHED // a_row))
     tasks = batch * (geometry.groups if whole else parts)
     found = (
-        *(min(threads, tasks), parts, batch, images, geometry.groups, rows, channels // geometry.groups),
+        *(max(1, min(threads, tasks)), parts, batch, images, geometry.groups, rows, channels // geometry.groups),
         *(*sides, *places, *kernel, *step, *spread, *padding, band, *wide.stride(), *narrow.stride()),
     )
     return (ctypes.c_int64 * len(found))(*found)

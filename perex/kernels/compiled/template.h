@@ -11,6 +11,7 @@
 #include "pooling.h"
 
 
+#undef SPELL
 #undef ROWS
 #undef RUNS
 #undef VECTOR

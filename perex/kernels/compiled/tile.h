@@ -33,7 +33,7 @@ INLINE void NAME(multiplied)(size threes, const REAL *g, const REAL *x, const si
         for (size j = 0; j < 3; j++)
 #pragma GCC unroll 2
             for (size v = 0; v < 2; v++)
-                sum[n][j][v] = G[(n * 3 + j) * next + v];
+                sum[n][j][v] = (VECTOR){}; /* apart from what there is already: long sums lose digits */
     for (size i = 0; i < rows; i++, x += down) {
         const REAL *from[4];
 #pragma GCC unroll 4
@@ -59,7 +59,7 @@ INLINE void NAME(multiplied)(size threes, const REAL *g, const REAL *x, const si
         for (size j = 0; j < 3; j++)
 #pragma GCC unroll 2
             for (size v = 0; v < 2; v++)
-                G[(n * 3 + j) * next + v] = sum[n][j][v];
+                G[(n * 3 + j) * next + v] += sum[n][j][v];
 }
 
 FUNCTION static void NAME(multiply)(size threes, const REAL *g, const REAL *x, const size *begins, size apart, size rows,
