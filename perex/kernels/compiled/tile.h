@@ -1,14 +1,9 @@
-/* What all kernels are made of: vectors, and a product of packed numbers in registers.
- *
- * The files in this folder that end in .h, but for shape.h, are templates. REAL is the type of numbers, INTEGER one
- * of the same length and SIGN its first bit, LANES how many of them a vector holds, REGISTERS how many vectors the CPU has, TARGET what its instructions are called, LOWER and UPPER
- * the order of numbers where halves of two vectors alternate, and NAME what is put behind each function's name.
- */
+/* What all kernels are made of: vectors, and a product of packed numbers in registers. */
 
 #define ROWS (2 * LANES)
 #define RUNS (REGISTERS >= 32 ? 4 : 2)
 
-typedef REAL NAME(vector) __attribute__((vector_size(LANES * sizeof(REAL))));
+typedef REAL NAME(vector) __attribute__((vector_size(LANES * sizeof(REAL)), may_alias));
 typedef REAL NAME(loose) __attribute__((vector_size(LANES * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
 typedef INTEGER NAME(bits) __attribute__((vector_size(LANES * sizeof(REAL))));
 #define VECTOR NAME(vector)
