@@ -1,7 +1,6 @@
 /* The kernels, for each type of numbers and each kind of CPU. They are called by address: Python sees an empty module. */
 
 #if __has_include(<Python.h>)
-#define Py_LIMITED_API 0x030b0000
 #include <Python.h>
 static struct PyModuleDef empty = {PyModuleDef_HEAD_INIT, "_kernels", "Kernels in C.", 0, NULL, NULL, NULL, NULL, NULL};
 PyMODINIT_FUNC PyInit__kernels(void)
