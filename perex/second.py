@@ -59,8 +59,8 @@ class SecondRun:
             several = len(self.parts) > 1 or forward.uses[name] > 1
             doubts.add(factor, own, None if treatment.limits is None else treatment.limits[name], several)
             (doubt,) = doubts.settled()
-            found = sum_of(factor, own, treatment.of(rows), doubt, several)
-            sums[name] = sums.get(name, Sum(torch.zeros((), device="cpu"), {})).plus(found, rows.start)
+            found = sum_of(factor, own, treatment.of(rows), doubt, several, rows.start)
+            sums[name] = sums[name].plus(found) if name in sums else found
 
         self.run(self.result, take)
         return {name: found.whole() for name, found in sums.items()}

@@ -83,6 +83,7 @@ def sum_of(
     treatment: Treatment = ALIKE,
     doubts: Tensor | None = None,
     several: bool = False,
+    first: int = 0,
 ) -> Sum:
     r"""$\sum_b w_b G_b$.
 
@@ -92,6 +93,7 @@ def sum_of(
         treatment: of these examples.
         doubts: booleans `(B,)`, of further examples to be taken apart.
         several: whether there are further uses of the parameter, which may cancel this one.
+        first: the number of the first example.
     """
     skip, apart = treatment.skip, together(treatment.apart, doubts)
     if skip is None and apart is None:
@@ -107,7 +109,7 @@ def sum_of(
     numbers = [] if apart is None else apart.nonzero().flatten().tolist()
     aside: dict[int, Tensor] = {}
     for b in numbers:
-        key, share = b if several else ALL, double(factor.dense(b, b + 1)[0]) * weights[b].double()
+        key, share = first + b if several else ALL, double(factor.dense(b, b + 1)[0]) * weights[b].double()
         aside[key] = aside[key] + share if key in aside else share
     return Sum(total, aside)
 
@@ -129,11 +131,10 @@ class Sum(NamedTuple):
     total: Tensor
     aside: dict[int, Tensor]
 
-    def plus(self, other: Sum, first: int = 0) -> Sum:
-        """Both, the other's examples being numbered from `first`."""
+    def plus(self, other: Sum) -> Sum:
+        """Both."""
         aside = dict(self.aside)
-        for b, share in other.aside.items():
-            key = b if b == ALL else b + first
+        for key, share in other.aside.items():
             aside[key] = aside[key] + share if key in aside else share
         return Sum(self.total + other.total, aside)
 

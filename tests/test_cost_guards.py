@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "speed"))
 
 from models import TABLE, Case  # noqa: E402
+from private import PRIVATE  # noqa: E402
 from ways import WAYS  # noqa: E402
 
 import perex  # noqa: E402
@@ -102,6 +103,20 @@ def test_a_clipped_step_in_little_memory(case):
         step()
         model.zero_grad()
     assert peak(step) <= 1.1 * most + sums / 2 + SPARE
+
+
+@pytest.mark.parametrize(("way", "most"), [("perex", 1.7), ("perex, low", 1.25)])
+def test_a_private_step(way, most):
+    """Where parameters outweigh activations: noise and sums take memory only for a piece of one parameter at a time."""
+    peaks = []
+    for kind in ("plain", way):
+        model, x, y = TABLE[0].build()
+        step = PRIVATE[kind](TABLE[0], model, x, y)
+        for _ in range(3):
+            step()
+        model.zero_grad()
+        peaks.append(peak(step))
+    assert peaks[1] <= most * peaks[0]
 
 
 def test_a_table_of_a_million_rows():

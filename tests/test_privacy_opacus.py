@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from opacus.optimizers.optimizer import _generate_noise
 from opacus.schedulers import ExponentialGradClip, ExponentialNoise
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from perex.privacy import PrivacyEngine
+from perex.privacy.optimizers import PIECE
 
 EXAMPLES, D = 64, 5
 
@@ -164,6 +166,28 @@ def test_noise_has_its_size():
     criterion(model(x), y).backward()
     optimizer.step()
     assert abs(float(model.weight.grad.std()) / (3.0 * 2.0 / 10) - 1) < 0.05
+
+
+@pytest.mark.filterwarnings("ignore")  # Opacus's
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_in_pieces_is_that_of_the_whole(dtype):
+    """Sums get noise piece by piece, in their own memory, and to the bit what Opacus draws for them at once."""
+    found = []
+    for noise in (0.0, 2.0):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2 * PIECE // 3 + 9)).to(dtype)
+        model, optimizer, criterion, _ = PrivacyEngine(accountant="rdp").make_private(
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), criterion=nn.CrossEntropyLoss(),
+            data_loader=DataLoader(dataset(), 8), noise_multiplier=noise, max_grad_norm=0.5, poisson_sampling=False,
+        )  # fmt: skip
+        criterion(model(torch.ones(8, 5, dtype=dtype)), torch.arange(8)).backward()
+        torch.manual_seed(1)
+        optimizer.step()
+        found.append([p.grad for p in model.parameters()])
+    assert max(p.numel() for p in model.parameters()) > 2 * PIECE, "the test of the test: there are pieces"
+    torch.manual_seed(1)
+    for sums, noisy in zip(*found, strict=True):
+        torch.testing.assert_close(noisy, (sums * 8 + _generate_noise(2.0 * 0.5, sums)) / 8, rtol=0, atol=0)
 
 
 def test_schedulers_change_noise_and_bound():

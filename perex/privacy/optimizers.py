@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -132,6 +132,7 @@ class PrivateSteps:
                 )
         self._ready = False
         self._held = held
+        del held  # so that each sum goes where it is used up
         self._most, self._backwards = max(self._most, self._backwards), 0
         kept = {id(parameter) for parameter in self.params}
         for group in self.original_optimizer.param_groups:
@@ -191,24 +192,34 @@ class PrivateSteps:
         return found
 
     def add_noise(self) -> None:
-        """Have Opacus add noise to the sums, to one after the other, each of which is let go of at once."""
+        """Have Opacus add noise to the sums, to one after the other and piece by piece, in the sums' own memory."""
         sums, self._sums = self._sums, {}
         shards: Any = getattr(self, "grad_state", None)  # where Opacus looks for sums of sharded parameters
         for parameter in self.params:
+            total = sums.pop(parameter)
             if shards is None:
-                parameter.summed_grad = sums.pop(parameter)  # type: ignore[attr-defined]
+                for piece in pieces(total):
+                    turn = nn.Parameter(piece, requires_grad=False)
+                    turn.summed_grad = piece  # type: ignore[attr-defined]
+                    self.add_noise_to(turn)
+                    assert turn.grad is not None
+                    piece.copy_(turn.grad)
+                parameter.grad = total.view_as(parameter)
             else:
-                shards[parameter] = {"summed_grad": sums.pop(parameter)}
-            self._turn = parameter
-            try:
-                super().add_noise()  # type: ignore[misc]
-            finally:
-                self._turn = None
-                parameter.summed_grad = None  # type: ignore[attr-defined]
-                if shards is not None:
-                    shards.pop(parameter, None)
+                shards[parameter] = {"summed_grad": total}
+                self.add_noise_to(parameter)
+                shards.pop(parameter, None)
+            parameter.summed_grad = None  # type: ignore[attr-defined]
             assert parameter.grad is not None
             self.show({parameter: parameter.grad.detach()})
+
+    def add_noise_to(self, parameter: nn.Parameter) -> None:
+        """Have Opacus make a parameter's gradient of its sum."""
+        self._turn = parameter
+        try:
+            super().add_noise()  # type: ignore[misc]
+        finally:
+            self._turn = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the sum of clipped ones unless the logical batch goes on."""
@@ -237,6 +248,22 @@ def stamps_of(grads: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, tuple[int
     kind = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize, default=torch.float32)
     numbers = torch.stack([norm.to(norms[0].device, kind) for norm in norms]).tolist() if norms else []
     return {p: (grad._version, number) for (p, grad), number in zip(grads.items(), numbers, strict=True)}
+
+
+PIECE = 2**16
+"""Numbers that get noise at once, a multiple of 16."""
+
+
+def pieces(total: Tensor) -> Sequence[Tensor]:
+    """Parts of a sum, in its own memory: noise is as large again, and so is what becomes of both.
+
+    On CPUs: torch draws normal numbers in groups of 16 there, so that they are those of the whole.
+    """
+    if total.device.type != "cpu" or not total.is_contiguous() or total.numel() < 2 * PIECE:
+        return [total.detach()]
+    flat = total.detach().view(-1)
+    ends = [*range(PIECE, len(flat) - PIECE + 1, PIECE), len(flat)]  # the last is no shorter than the others
+    return [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def local(tensor: Any) -> Tensor:
