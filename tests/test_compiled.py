@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import perex
 from perex.kernels import convolution, pooling
-from perex.kernels.compiled import direct, gram, library, shape
+from perex.kernels import outer as kernels
+from perex.kernels.compiled import direct, gram, library, outer, shape
 from perex.kernels.compiled.pooling import pooled
 from perex.kernels.geometry import Geometry, weight_gradient
 
@@ -119,6 +120,94 @@ def test_from_pairs_of_pixels(bits, count, threads, monkeypatch):
         assert (sizes >= (1 - tolerance) * found.abs()).all()
 
     drawn()
+
+
+@st.composite
+def sums_of_outer_products(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Sides that fill tiles and blocks, or not; positions that are packed at once, or not."""
+    batch, groups, positions = (
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([1, 2, 7, 64, 400])),
+    )
+    sides = draw(st.tuples(*[st.sampled_from([1, 2, 11, 12, 31, 32, 33, 96, 301])] * 2))
+    dtype, generator = (
+        draw(st.sampled_from(list(TOLERANCE))),
+        torch.Generator().manual_seed(draw(st.integers(0, 2**31))),
+    )
+    found = []
+    for side in sides:
+        values = torch.randn(batch, groups, positions, side, dtype=dtype, generator=generator)
+        order = draw(st.permutations(range(4)))
+        values = values.permute(order).contiguous().permute([order.index(d) for d in range(4)])
+        found.append(torch.stack((values, values + 1), -1)[..., 0] if draw(st.booleans()) else values)
+    return found[0], found[1]
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("bits", VECTORS)
+def test_outer_products(bits, count, threads, monkeypatch):
+    monkeypatch.setattr(library, "bits", lambda: bits)
+    threads(count)
+
+    @grid(150)
+    @given(sums_of_outer_products())
+    def drawn(both):
+        left, right = both
+        tolerance = 3 * TOLERANCE[left.dtype]
+        gradients = left.double().mT @ right.double()
+        squares = gradients.flatten(1).square().sum(1)
+        torch.testing.assert_close(
+            kernels.compiled_direct(left, right).double(), squares, rtol=tolerance, atol=tolerance
+        )
+        found, total = outer.squares_and_sum(left[:, 0], right[:, 0], summing=True)
+        squares, wanted = gradients[:, 0].flatten(1).square().sum(1), gradients[:, 0].sum(0)
+        torch.testing.assert_close(found.sum(1).double(), squares, rtol=tolerance, atol=tolerance)
+        assert total.dtype == left.dtype and total.shape == wanted.shape
+        assert (total - wanted).abs().max() <= tolerance * (1 + wanted.abs().max())
+
+    drawn()
+
+
+@needs_kernels
+@pytest.mark.parametrize("sides", [(33, 45), (24, 64)])
+def test_what_is_wrong_with_one_example_stays_with_it(sides):
+    """Also no zero that fills up a tile is multiplied with infinity and counted."""
+    left, right = (torch.rand(6, 1, 9, side) + 0.5 for side in sides)
+    expected = kernels.compiled_direct(left, right)
+    left[1, 0, 3, 3], right[4, 0, 0, 0], right[2, 0, 0, 1] = torch.nan, torch.inf, torch.inf
+    found = kernels.compiled_direct(left, right)
+    assert found[1].isnan() and found[4].isposinf() and found[2].isposinf()
+    assert torch.equal(found[[0, 3, 5]], expected[[0, 3, 5]])
+
+
+@needs_kernels
+def test_long_sums_of_outer_products_lose_no_digits():
+    left, right = torch.full((1, 1, 200_001, 13), 0.1), torch.full((1, 1, 200_001, 7), 0.3)
+    expected = float((left[0, 0].double().T @ right[0, 0].double()).square().sum())
+    assert abs(float(kernels.compiled_direct(left, right)) / expected - 1) < 1e-4
+
+
+@needs_kernels
+def test_norms_of_linear_layers_with_their_sum():
+    """From the second step on, `.grad` comes out of the tiles that are squared, and is plain training's to rounding."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)), torch.randn(8, 64, 256)
+    px = perex.attach(model)
+    for _ in range(3):
+        model.zero_grad()
+        px.backward(model(x).square().mean((1, 2)))
+    assert str(px.report()).count("compiled direct, with the sum") == 2
+    norms, grads = px.norms(), [p.grad for p in model.parameters()]
+    px.detach()
+    model.zero_grad()
+    model(x).square().mean().backward()
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-7)
+    for b, norm in enumerate(norms):
+        grads = torch.autograd.grad(model(x[b]).square().mean(), list(model.parameters()))
+        torch.testing.assert_close(norm, torch.stack([g.norm() for g in grads]).norm(), rtol=1e-5, atol=0)
 
 
 @needs_kernels

@@ -31,7 +31,7 @@ from perex.kernels.geometry import (
 from perex.kernels.gpu import seconds
 from perex.kernels.outer import whole_squares
 from perex.kernels.plan import Plan
-from perex.kernels.spot import current
+from perex.kernels.spot import current, plain
 from perex.kernels.strategies import Strategies
 from perex.kernels.triton.available import usable
 from perex.kernels.triton.tiles import channels_tile, covered, direct_tile, steps, tiles
@@ -189,18 +189,12 @@ def unfolded(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     return torch.cat([outer.squared_norm(*both) for both in rows_and_patches(x, grads, geometry)])
 
 
-def _here(plan: Plan | None) -> Plan | None:
-    """A plan of a kernel in C, for tensors in a CPU's memory."""
-    spot = current()
-    return plan if spot is None or spot.plain else None
-
-
 def _compiled(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
-    return _here(compiled_product.plan(x, grads, geometry))
+    return compiled_product.plan(x, grads, geometry) if plain() else None
 
 
 def _compiled_gram(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
-    return _here(compiled_pixels.plan(x, grads, geometry))
+    return compiled_pixels.plan(x, grads, geometry) if plain() else None
 
 
 @NORMS.way("compiled direct", _compiled)
@@ -308,8 +302,8 @@ def summed(x: Tensor, grads: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor
 
 
 def _product(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
-    plain, spot = {*geometry.weight_shape[2:], *geometry.stride} == {1} and not any(geometry.padding), current()
-    if spot is None or not usable(spot) or not plain:
+    of_pixels, spot = {*geometry.weight_shape[2:], *geometry.stride} == {1} and not any(geometry.padding), current()
+    if spot is None or not usable(spot) or not of_pixels:
         return None
     positions, rows, columns = measures(x, grads, geometry)
     _, _, flops = _multiplied_out(x, grads, geometry)

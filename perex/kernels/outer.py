@@ -12,10 +12,12 @@ from torch import Tensor
 from perex.kernels import large, readers
 from perex.kernels.blocks import block, block_size, example_blocks, pair_block_size
 from perex.kernels.cancellation import recomputed
+from perex.kernels.compiled import outer as compiled
+from perex.kernels.compiled.library import runnable
 from perex.kernels.gpu import seconds
 from perex.kernels.plan import Plan
 from perex.kernels.products import HALVES
-from perex.kernels.spot import current
+from perex.kernels.spot import current, plain
 from perex.kernels.strategies import Strategies
 from perex.kernels.triton.available import usable
 from perex.kernels.triton.tiles import covered, direct_tile, gram_tile, steps, tiles
@@ -97,11 +99,33 @@ def direct(left: Tensor, right: Tensor) -> Tensor:
     return joined(parts)
 
 
+def _compiled(left: torch.Size, right: torch.Size) -> Plan | None:
+    return compiled.plan(stacked(left), stacked(right)) if plain() and left[2] > 1 else None
+
+
+@NORMS.way("compiled direct", _compiled)
+def compiled_direct(left: Tensor, right: Tensor) -> Tensor:
+    """`direct`, each tile of the gradient squared in registers; or as it is, where autograd or vmap follow tensors."""
+    if not runnable(left, right):
+        return direct(left, right)
+    squares, _ = compiled.squares_and_sum(left.flatten(0, 1), right.flatten(0, 1), summing=False)
+    return squares.view(left.shape[0], -1).sum(1)
+
+
 def summed_plan(left: torch.Size, right: torch.Size) -> Plan:
     """What `summed` costs with tensors of these shapes."""
-    plan = _direct(left, right)
+    plan = _summed_plan(left, right)
+    return plan._replace(way=f"{plan.way}, with the sum")
+
+
+def _summed_plan(left: torch.Size, right: torch.Size) -> Plan:
+    """Likewise, by the name of the way to each gradient."""
+    plan, own = _direct(left, right), None
     assert plan is not None
-    return plan._replace(way="direct, with the sum", moved=2 * plan.moved)
+    plan = plan._replace(moved=2 * plan.moved)
+    if plain():
+        own = compiled.plan(stacked(left), stacked(right), summing=True)
+    return plan if own is None or plan.cost < own.cost else own
 
 
 def summed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +139,10 @@ def summed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         Tensors `(B,)` and `(m, n)`.
     """
     batch, m, n = left.shape[0], left.shape[2], right.shape[2]
+    if runnable(left, right) and _summed_plan(left[:, None].shape, right[:, None].shape).way == "compiled direct":
+        squares, sum_of_all = compiled.squares_and_sum(left, right, summing=True)
+        assert sum_of_all is not None
+        return squares.sum(1), sum_of_all
     total, norms = left.new_zeros(m, n), left.new_zeros(batch)
     step = max(1, block() // max(1, n))  # of rows
     for i, j in example_blocks(batch, m * n):
@@ -286,6 +314,11 @@ def squares(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 def whole_squares(x: Tensor) -> Tensor:
     """$\\sum |x_b|^2$ over all but the first dimension, row by row: long sums of float32 numbers lose digits."""
     return squares(x, 1) if x.dim() == 2 else squares(x.flatten(2), 2).sum(1)
+
+
+def stacked(shape: torch.Size) -> torch.Size:
+    """`(B G, T, m)`, the shape of one stack of matrices."""
+    return torch.Size((shape[:2].numel(), *shape[2:]))
 
 
 def joined(parts: list[Any]) -> Tensor:

@@ -35,6 +35,12 @@ def current() -> Spot | None:
     return _current.get()
 
 
+def plain() -> bool:
+    """Whether plans are for tensors plainly in a CPU's memory, or for nobody knows which."""
+    spot = current()
+    return spot is None or spot.plain
+
+
 @contextmanager
 def at(spot: Spot | None) -> Iterator[None]:
     """Ask for plans as of tensors that are there, also where tensors without numbers stand for them."""

@@ -1,4 +1,4 @@
-/* What a kernel is told of the tensors it reads; the same integers, in the same order, as perex.kernels.compiled.library. */
+/* What a kernel is told of the tensors it reads; the same integers, in the same order, as in shape.py and outer.py. */
 
 #ifndef PEREX_SHAPE_H
 #define PEREX_SHAPE_H
@@ -18,5 +18,11 @@ typedef struct {
     size band;                           /* how many rows of places are worked on at once */
     size wide[5], narrow[5];             /* strides in elements: example, image, channel, y, x */
 } Shape;
+
+/* Sums of outer products over positions, and which blocks of them are made: down times across. */
+typedef struct {
+    size threads, batch, positions, rows, columns, down, across;
+    size left[2], right[2]; /* strides of examples and positions; the numbers of one lie side by side */
+} Outer;
 
 #endif

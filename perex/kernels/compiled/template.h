@@ -46,6 +46,7 @@
 
 #include "direct.h"
 #include "gram.h"
+#include "outer.h"
 #include "pooling.h"
 
 #undef REAL_BITS
@@ -61,6 +62,8 @@
 #undef LOWER
 #undef UPPER
 #undef SPELL
+#undef PANEL
+#undef DEPTH
 #undef ROWS
 #undef RUNS
 #undef VECTOR
