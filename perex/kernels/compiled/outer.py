@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from perex.kernels import large
 from perex.kernels.compiled.library import address, kernel, lanes, room
 from perex.kernels.geometry import OPERATORS
-from perex.kernels.large import onednn_is_faster
 from perex.kernels.plan import Plan
 
-COST, ELSEWHERE, CALL = 0.45, 0.9, 2_000_000
+COST, ELSEWHERE, CALL = 0.45, 1.1, 2_000_000
 """What a multiply-add costs, where torch's matrix products are slow and elsewhere, and a call beside its arithmetic.
 
 In multiply-adds of a large matrix product of torch's, as measured on two cores of an AMD EPYC of the fifth generation.
@@ -42,7 +42,7 @@ def plan(left: torch.Size, right: torch.Size, summing: bool = False) -> Plan | N
     down, across = blocks(rows, columns, threads, *tile())
     idle = threads / min(threads, down * across)
     whole = -(-rows // tile()[0]) * -(-columns // tile()[1]) * tile()[0] * tile()[1] / (rows * columns)
-    slack = (COST if onednn_is_faster() else ELSEWHERE) * idle * whole
+    slack = (COST if large.onednn_is_faster() else ELSEWHERE) * idle * whole
     held = threads * HIGH * (WIDE + min(positions, HIGH)) + 2 * down * across * examples
     moved = int(TILE * idle * entries * (1 + summing))
     return Plan("compiled direct", 2 * entries * (positions + 1), held, moved, slack, CALL)
