@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import perex
 from perex.kernels import convolution, pooling
 from perex.kernels import outer as kernels
-from perex.kernels.compiled import direct, gram, library, outer, shape
+from perex.kernels.compiled import direct, gram, library, outer, planes, shape
 from perex.kernels.compiled.pooling import pooled
 from perex.kernels.geometry import Geometry, weight_gradient
 
@@ -187,6 +187,34 @@ def test_long_sums_of_outer_products_lose_no_digits():
     left, right = torch.full((1, 1, 200_001, 13), 0.1), torch.full((1, 1, 200_001, 7), 0.3)
     expected = float((left[0, 0].double().T @ right[0, 0].double()).square().sum())
     assert abs(float(kernels.compiled_direct(left, right)) / expected - 1) < 1e-4
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("bits", VECTORS)
+def test_sums_over_planes(bits, count, threads, monkeypatch):
+    monkeypatch.setattr(library, "bits", lambda: bits)
+    threads(count)
+
+    @grid(100)
+    @given(st.data())
+    def drawn(data):
+        size, dtype = st.integers(1, 5), data.draw(st.sampled_from(list(TOLERANCE)))
+        shape = data.draw(st.tuples(size, st.integers(1, 2), size, *[st.sampled_from([1, 3, 4, 16, 31, 67])] * 2))
+        x, grads = (torch.randn(shape, dtype=dtype) for _ in range(2))
+        mean, variance = torch.randn(shape[2], dtype=dtype), torch.rand(shape[2], dtype=dtype)
+        layouts = [data.draw(st.sampled_from(["as they come", "examples inside", "channels last"])) for _ in range(2)]
+        found = planes.plane_sums(laid_out(x, layouts[0]), laid_out(grads, layouts[1]), mean, variance, 1e-3)
+        if found is None:  # numbers of a channel lie apart
+            assert set(layouts) != {"as they come"}
+            return
+        rows = [t.double() for t in (x, grads, mean.view(-1, 1, 1), variance.view(-1, 1, 1))]
+        products = rows[1] * (rows[0] - rows[2]) / (rows[3] + 1e-3).sqrt()
+        for sums, terms in zip(found, (products, rows[1]), strict=True):
+            assert sums.dtype == dtype
+            assert ((sums - terms.sum((1, 3, 4))).abs() <= TOLERANCE[dtype] * terms.abs().sum((1, 3, 4))).all()
+
+    drawn()
 
 
 @needs_kernels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from perex.kernels.compiled.planes import plane_sums as compiled
 from perex.kernels.spot import Spot
 from perex.kernels.triton.available import usable
 
@@ -31,7 +32,7 @@ def plane_sums(x: Tensor, grads: Tensor, mean: Tensor, variance: Tensor, eps: fl
         from perex.kernels.triton.affine import plane_sums as fused
 
         return fused(x, grads, mean, variance, eps)
-    return by_backend(x, grads, mean, variance, eps)
+    return compiled(x, grads, mean, variance, eps) or by_backend(x, grads, mean, variance, eps)
 
 
 def by_backend(x: Tensor, grads: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:

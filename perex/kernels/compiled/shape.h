@@ -1,4 +1,4 @@
-/* What a kernel is told of the tensors it reads; the same integers, in the same order, as in shape.py and outer.py. */
+/* What a kernel is told of the tensors it reads; the same integers, in the same order, as in shape.py, outer.py and planes.py. */
 
 #ifndef PEREX_SHAPE_H
 #define PEREX_SHAPE_H
@@ -24,5 +24,11 @@ typedef struct {
     size threads, batch, positions, rows, columns, down, across;
     size left[2], right[2]; /* strides of examples and positions; the numbers of one lie side by side */
 } Outer;
+
+/* Images, channel by channel: the numbers of one lie side by side. */
+typedef struct {
+    size threads, batch, images, channels, places;
+    size x[3], g[3]; /* strides of examples, images and channels */
+} Planes;
 
 #endif

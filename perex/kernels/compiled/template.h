@@ -47,6 +47,7 @@
 #include "direct.h"
 #include "gram.h"
 #include "outer.h"
+#include "planes.h"
 #include "pooling.h"
 
 #undef REAL_BITS
@@ -64,6 +65,7 @@
 #undef SPELL
 #undef PANEL
 #undef DEPTH
+#undef STRETCH
 #undef ROWS
 #undef RUNS
 #undef VECTOR
