@@ -102,9 +102,10 @@ def first_unlike(found: Digest, once: Digest, weights: Tensor) -> int | None:
     """The first example whose gradient is not its weight times what it was under weights of one."""
     own = weights.to(once.sums).unsqueeze(1)
     expected = once.sums * own
-    close = (found.sums - expected).abs() <= 8 * once.eps * (once.size * own).nan_to_num()
-    most = torch.finfo(once.sums.dtype).max
-    over = ~((once.size * own).abs() < most / (4 * RUN)) & ~found.sums.isfinite()  # too large to tell
+    numbers = torch.finfo(once.sums.dtype)
+    least = (4 if numbers.bits < 32 else 16 * RUN) * numbers.tiny * numbers.eps  # where few digits are left, or none
+    close = (found.sums - expected).abs() <= (8 * once.eps * (once.size * own)).nan_to_num() + least * own
+    over = ~((once.size * own).abs() < numbers.max / (4 * RUN)) & ~found.sums.isfinite()  # too large to tell
     same = close | (found.sums == expected) | (found.sums.isnan() & expected.isnan()) | over
     return None if bool(same.all()) else int((~same).any(1).nonzero()[0])
 

@@ -45,6 +45,20 @@ def test_losses_of_one_example_each(name, dtype):
     assert len(run(APART[name], dtype).norms()) == B
 
 
+@pytest.mark.parametrize("exponent", [30, 37, 38, 39, 40, 42, 44, 46, 323])
+def test_numbers_that_have_lost_their_digits(exponent):
+    """A confident example's gradient is among the least that there are: twice as much is not what it was, twice."""
+    dtype = torch.float64 if exponent > 300 else torch.float32
+    for examples in (2, 6, 40):
+        sizes = torch.ones(examples, dtype=torch.float64)
+        sizes[1] = 10.0**-exponent
+        torch.manual_seed(exponent)
+        model, x = nn.Linear(4, 70).to(dtype), torch.randn(examples, 4, dtype=dtype)
+        with perex.attach(model) as px:
+            px.backward(model(x).square().mean(1) * sizes.to(dtype))
+        assert float(px.norms()[1]) < 1e-18
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MIXED)
 def test_losses_that_depend_on_others(name, dtype):

@@ -190,6 +190,33 @@ def test_long_sums_of_outer_products_lose_no_digits():
 
 
 @needs_kernels
+def test_sums_over_many_examples_lose_no_digits():
+    """Of one sign, where each adds to what is large already."""
+    examples = 50_000
+    left, right = torch.full((examples, 2, 13), 0.1), torch.full((examples, 2, 33), 0.3)
+    norms, total = kernels.summed(left, right)
+    found, sums = outer.squares_and_sum(left, right, summing=True)
+    assert norms.shape == (examples,) and torch.equal(found.sum(1), norms)
+    for one in (total, sums):
+        assert (one.double() / (examples * 2 * 0.03) - 1).abs().max() < 1e-5
+    geometry = Geometry(torch.Size((4, 3, 1, 2)), (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    _, total = direct.squares_and_sum(
+        torch.full((examples, 1, 3, 1, 3), 0.1), torch.full((examples, 1, 4, 1, 2), 0.3), geometry, summing=True
+    )
+    assert (total.double() / (examples * 2 * 0.03) - 1).abs().max() < 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
+def test_nothing_to_multiply(shape):
+    batch, positions, m, n = shape
+    found, total = outer.squares_and_sum(torch.ones(batch, positions, m), torch.ones(batch, positions, n), summing=True)
+    assert torch.equal(found.sum(1), torch.zeros(batch)) and torch.equal(total, torch.zeros(m, n))
+    found = kernels.compiled_direct(torch.ones(batch, 1, positions, m), torch.ones(batch, 1, positions, n))
+    assert torch.equal(found, torch.zeros(batch))
+
+
+@needs_kernels
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("bits", VECTORS)
 def test_sums_over_planes(bits, count, threads, monkeypatch):

@@ -109,7 +109,7 @@ def compiled_direct(left: Tensor, right: Tensor) -> Tensor:
     if not runnable(left, right):
         return direct(left, right)
     squares, _ = compiled.squares_and_sum(left.flatten(0, 1), right.flatten(0, 1), summing=False)
-    return squares.view(left.shape[0], -1).sum(1)
+    return squares.unflatten(0, left.shape[:2]).sum((1, 2))
 
 
 def summed_plan(left: torch.Size, right: torch.Size) -> Plan:

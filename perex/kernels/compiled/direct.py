@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from perex.kernels.compiled.library import address, kernel, lanes, room
+from perex.kernels.compiled.library import address, in_runs, kernel, lanes, room
 from perex.kernels.compiled.shape import CACHED, applies, oriented, shape_of
 from perex.kernels.geometry import OPERATORS, Geometry, geometry_of, measures, options_of
 from perex.kernels.plan import Plan
@@ -73,8 +73,9 @@ def squares_and_sum(x: Tensor, grads: Tensor, geometry: Geometry, summing: bool)
     Returns:
         Tensor `(B, P)`, terms to be added up, and one of `geometry.weight_shape`, or None.
     """
-    total = x.new_empty(geometry.weight_shape) if summing else None
-    return torch.ops.perex.direct_squares(x, grads, total, *options_of(geometry)), total
+    shape = geometry.weight_shape if summing else None
+    options = options_of(geometry)
+    return in_runs(lambda *given: torch.ops.perex.direct_squares(*given, *options), x, grads, shape)
 
 
 def _squares(x: Tensor, grads: Tensor, total: Tensor | None, *options: Any) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -30,6 +30,9 @@ BITS = {torch.float32: 32, torch.float64: 64}
 
 SPARE = 2**23
 """Bytes that are kept from one kernel's run to the next, at most."""
+
+RUN = 256
+"""Examples that a kernel adds up one after the other: long sums of float32 numbers lose digits, sums of sums fewer."""
 
 _spare: list[Tensor] = []
 
@@ -84,6 +87,31 @@ def room(name: str, dtype: torch.dtype, *args: Any) -> Iterator[ctypes.c_void_p]
     yield ctypes.c_void_p(space.data_ptr())
     if space.numel() <= SPARE:
         _spare.append(space)
+
+
+def in_runs(
+    squares: Callable[[Tensor, Tensor, Tensor | None], Tensor], left: Tensor, right: Tensor, shape: Sequence[int] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Squared norms of all examples, and the sum of their gradients, in which those of `RUN` are added up at a time.
+
+    Args:
+        squares: gives `(b, P)`, and leaves in its last argument the sum, if there is one.
+        left: `(B, ...)`.
+        right: `(B, ...)`.
+        shape: of the sum; None if it is not wanted.
+
+    Returns:
+        Tensors `(B, P)`, terms to be added up, and `shape`, or None.
+    """
+    if shape is None:
+        return squares(left, right, None), None
+    total = left.new_empty(shape)
+    parts = [squares(left[:RUN], right[:RUN], total)]
+    for start in range(RUN, len(left), RUN):
+        further = torch.empty_like(total)
+        parts.append(squares(left[start : start + RUN], right[start : start + RUN], further))
+        total += further
+    return parts[0] if len(parts) == 1 else torch.cat([part.sum(1, keepdim=True) for part in parts]), total
 
 
 def runnable(*tensors: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from perex.kernels import large
-from perex.kernels.compiled.library import address, kernel, lanes, room
+from perex.kernels.compiled.library import address, in_runs, kernel, lanes, room
 from perex.kernels.geometry import OPERATORS
 from perex.kernels.plan import Plan
 
@@ -79,12 +79,16 @@ def squares_and_sum(left: Tensor, right: Tensor, summing: bool) -> tuple[Tensor,
     Returns:
         Tensor `(B, P)`, terms to be added up, and one of shape `(m, n)`, or None.
     """
-    total = left.new_empty(left.shape[2], right.shape[2]) if summing else None
-    return torch.ops.perex.outer_squares(left, right, total), total
+    shape = (left.shape[2], right.shape[2]) if summing else None
+    return in_runs(torch.ops.perex.outer_squares, left, right, shape)
 
 
 def _squares(left: Tensor, right: Tensor, total: Tensor | None) -> Tensor:
     """`squares_and_sum` as an operator, which leaves the sum in `total`."""
+    if not (left.numel() and right.numel()):
+        if total is not None:
+            total.zero_()
+        return left.new_zeros(len(left), 1)
     left, right = (t if t.stride(2) == 1 else t.contiguous() for t in (left, right))
     examples, positions, rows = left.shape
     down, across = blocks(rows, right.shape[2], torch.get_num_threads(), *tile(left.dtype))
