@@ -250,7 +250,7 @@ def stamps_of(grads: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, tuple[int
     return {p: (grad._version, number) for (p, grad), number in zip(grads.items(), numbers, strict=True)}
 
 
-PIECE = 2**16
+PIECE = 2**18
 """Numbers that get noise at once, a multiple of 16."""
 
 
