@@ -177,11 +177,12 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def merged(before: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of an earlier run, but those of models that ran again, and then these."""
+    """Rows of an earlier run, and in place of those of models that ran again, these; in the order of the cases."""
+    order = [case.name for case in [*TABLE, *sweeps()]]
     found = {suite: own for suite, own in before.items() if suite != "about"}
     for suite, own in rows.items():
-        again = {row["model"] for row in own}
-        found[suite] = [row for row in found.get(suite, []) if row["model"] not in again] + own
+        by_name = {row["model"]: row for row in [*found.get(suite, []), *own]}
+        found[suite] = sorted(by_name.values(), key=lambda row: order.index(row["model"]))
     return found
 
 
