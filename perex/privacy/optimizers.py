@@ -192,19 +192,16 @@ class PrivateSteps:
         return found
 
     def add_noise(self) -> None:
-        """Have Opacus add noise to the sums, to one after the other and piece by piece, in the sums' own memory."""
+        """Have Opacus add noise to the sums, one after the other; to long ones piece by piece, in their own memory."""
         sums, self._sums = self._sums, {}
         shards: Any = getattr(self, "grad_state", None)  # where Opacus looks for sums of sharded parameters
         for parameter in self.params:
             total = sums.pop(parameter)
             if shards is None:
-                for piece in pieces(total):
-                    turn = nn.Parameter(piece, requires_grad=False)
-                    turn.summed_grad = piece  # type: ignore[attr-defined]
-                    self.add_noise_to(turn)
-                    assert turn.grad is not None
-                    piece.copy_(turn.grad)
-                parameter.grad = total.view_as(parameter)
+                parts = pieces(total)
+                for piece in parts:
+                    piece.copy_(self.noisy(piece))
+                parameter.grad = (total if parts else self.noisy(total.detach())).view_as(parameter)
             else:
                 shards[parameter] = {"summed_grad": total}
                 self.add_noise_to(parameter)
@@ -212,6 +209,14 @@ class PrivateSteps:
             parameter.summed_grad = None  # type: ignore[attr-defined]
             assert parameter.grad is not None
             self.show({parameter: parameter.grad.detach()})
+
+    def noisy(self, total: Tensor) -> Tensor:
+        """A sum with Opacus's noise."""
+        turn = nn.Parameter(total, requires_grad=False)
+        turn.summed_grad = total  # type: ignore[attr-defined]
+        self.add_noise_to(turn)
+        assert turn.grad is not None
+        return turn.grad
 
     def add_noise_to(self, parameter: nn.Parameter) -> None:
         """Have Opacus make a parameter's gradient of its sum."""
@@ -255,12 +260,13 @@ PIECE = 2**18
 
 
 def pieces(total: Tensor) -> Sequence[Tensor]:
-    """Parts of a sum, in its own memory: noise is as large again, and so is what becomes of both.
+    """Parts of a long sum, in its own memory: noise is as large again, and so is what becomes of both.
 
-    On CPUs: torch draws normal numbers in groups of 16 there, so that they are those of the whole.
+    On CPUs: torch draws normal numbers in groups of 16 there, so that they are those of the whole. There are none of
+    other sums, nor of what does not lie in one piece.
     """
     if total.device.type != "cpu" or not total.is_contiguous() or total.numel() < 2 * PIECE:
-        return [total.detach()]
+        return []
     flat = total.detach().view(-1)
     ends = [*range(PIECE, len(flat) - PIECE + 1, PIECE), len(flat)]  # the last is no shorter than the others
     return [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
