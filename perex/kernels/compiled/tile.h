@@ -40,7 +40,7 @@ INLINE void NAME(multiplied)(size threes, const REAL *g, const REAL *x, const si
             for (size n = 0; n < threes; n++) {
 #pragma GCC unroll 3
                 for (size j = 0; j < 3; j++) {
-                    VECTOR pixel = (VECTOR){} + from[n][j * apart];
+                    VECTOR pixel = from[n][j * apart] - (VECTOR){}; /* spread: minus nothing, unlike plus, is no operation */
                     sum[n][j][0] += pixel * one;
                     sum[n][j][1] += pixel * other;
                 }
