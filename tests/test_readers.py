@@ -74,7 +74,7 @@ def test_it_is_taken_for_no_other():
         readers.expect([x])
 
     def once(x: Tensor) -> list[float]:
-        return list(readers.once(x, 1, lambda: [float(x.sum())]))
+        return list(readers.once(x, "", 1, lambda: [float(x.sum())]))
 
     first = once(x)
     assert once(x) is not first and once(x) == first and readers.hits == 2
@@ -96,7 +96,7 @@ def test_what_is_larger_than_the_input_is_not_kept():
 def test_the_last_reader_lets_go():
     readers, x = Readers(), torch.randn(3)
     readers.expect([x, x])
-    list(readers.once(x, 1, lambda: [1]))
+    list(readers.once(x, "", 1, lambda: [1]))
     readers.done([x])
     assert readers.kept
     readers.done([x])

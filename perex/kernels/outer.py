@@ -13,6 +13,7 @@ from perex.kernels import large, readers
 from perex.kernels.blocks import block, block_size, example_blocks, pair_block_size
 from perex.kernels.cancellation import recomputed
 from perex.kernels.compiled import outer as compiled
+from perex.kernels.compiled import pairs as compiled_pairs
 from perex.kernels.compiled.library import runnable
 from perex.kernels.gpu import seconds
 from perex.kernels.plan import Plan
@@ -28,6 +29,13 @@ NORMS = Strategies("outer products")
 PIECES, SHORTEST = 4, 16
 """Into how many pieces positions are cut that cannot be halved any more, for products of all pairs, and how short runs
 of them may be."""
+
+
+BLOCK, PIECE = 8_000_000, 15_000_000
+"""What the calls for a block of gradients cost beside their arithmetic, and those for a piece of a Gram matrix."""
+
+SLACK = 1.25
+"""What a multiply-add of the Gram matrix's products costs, which are small."""
 
 
 DIRECT = {"half": 0.82, "TF32": 0.14, "float32": 0.4}
@@ -58,10 +66,11 @@ def squares_of(left: Tensor, right: Tensor) -> Tensor:
 def plan(left: torch.Size, right: torch.Size, repeats: bool = False) -> Plan:
     """What `squared_norm` does with tensors of these shapes; with `repeats`, after another layer that read `right`."""
     plan = NORMS.choose(left, right)
-    if repeats and plan.way == "Gram":
+    if repeats and plan.way in ("Gram", "compiled Gram"):
         batch, groups, positions, _ = left
-        spared = 2 * batch * groups * products(positions)[0] * right[3]
-        return plan._replace(way="Gram, of a shared input", flops=plan.flops - spared)
+        pairs = products(positions)[0] if plan.way == "Gram" else positions * (positions + 1) // 2
+        spared = 2 * batch * groups * pairs * right[3]
+        return plan._replace(way=f"{plan.way}, of a shared input", flops=plan.flops - spared)
     return plan
 
 
@@ -81,10 +90,12 @@ def _direct(left: torch.Size, right: torch.Size) -> Plan | None:
     batch, groups, positions, m = left
     entries = groups * m * right[3]
     flops = 2 * batch * entries * (positions + 1)
-    held = min(block_size(batch, entries) * entries, max(block(), groups * right[3]))
+    several = block_size(batch, entries)
+    held = min(several * entries, max(block(), groups * right[3]))
+    calls = BLOCK * -(-batch // max(1, several))
     spot, one = current(), min(block(), m * right[3]) * positions
     slack = large.slack(one, flops // max(1, 2 * one)) if spot is None or spot.device == "cpu" else 1.0
-    return Plan("direct", flops, held, batch * entries, slack)
+    return Plan("direct", flops, held, batch * entries, slack, calls)
 
 
 @NORMS.way("direct", _direct, narrow=True)
@@ -179,12 +190,12 @@ def pairs(x: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
 
 
 @functools.cache
-def products(positions: int) -> tuple[int, int]:
-    """How many products of positions `pairs` asks for, in all and at once."""
+def products(positions: int) -> tuple[int, int, int]:
+    """How many products of positions `pairs` asks for, in all and at once, and how often it does."""
     found = [
         one.shape[:-1].numel() * other.shape[-2] for one, other, _ in pairs(torch.empty(1, positions, 1, device="cpu"))
     ]
-    return sum(found), max(found)
+    return sum(found), max(found), len(found)
 
 
 def grams(x: Tensor) -> list[Tensor]:
@@ -196,18 +207,21 @@ def _gram(left: torch.Size, right: torch.Size) -> Plan | None:
     batch, groups, positions, m = left
     if positions < 2:
         return None
-    total, largest = (groups * count for count in products(positions))
-    held = pair_block_size(batch, largest) * largest
-    return Plan("Gram", 2 * batch * total * (m + right[3] + 1), 2 * held, 2 * batch * total)
+    total, largest, pieces = products(positions)
+    total, largest = groups * total, groups * largest
+    several = pair_block_size(batch, largest)
+    calls = PIECE * pieces * -(-batch // max(1, several))
+    flops, moved = 2 * batch * total * (m + right[3] + 1), 2 * batch * total
+    return Plan("Gram", flops, 2 * several * largest, moved, SLACK, calls)
 
 
 @NORMS.way("Gram", _gram)
 def gram(left: Tensor, right: Tensor) -> Tensor:
     r"""$\sum_{ts} (l_t \cdot l_s)(r_t \cdot r_s)$: about $T^2 (m + n)$ operations an example, as it is symmetric."""
     batch, groups, positions, _ = left.shape
-    count, largest = products(positions)
+    count, largest, _ = products(positions)
     blocks = list(example_blocks(batch, groups * largest, pair_block_size(batch, groups * largest)))
-    of_right = readers.current().once(right, batch * groups * count, lambda: (grams(right[i:j]) for i, j in blocks))
+    of_right = readers.current().once(right, "Gram", batch * groups * count, lambda: (grams(right[i:j]) for i, j in blocks))
     totals, sizes = [], []
     for (i, j), rights in zip(blocks, of_right, strict=True):
         total, size = (left.new_zeros(j - i).real for _ in range(2))
@@ -223,6 +237,24 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
         totals.append(total)
         sizes.append(size)
     return recomputed(joined(totals), joined(sizes), lambda b: direct(left[b], right[b]))
+
+
+def _compiled_gram(left: torch.Size, right: torch.Size) -> Plan | None:
+    return compiled_pairs.plan(stacked(left), stacked(right)) if plain() and left[2] > 1 else None
+
+
+@NORMS.way("compiled Gram", _compiled_gram)
+def compiled_gram(left: Tensor, right: Tensor) -> Tensor:
+    """`gram`, an example's matrices in a thread's cache; or as it is, where autograd or vmap follow tensors."""
+    if not runnable(left, right):
+        return gram(left, right)
+    (lefts, rights), known = (t.flatten(0, 1) for t in (left, right)), None
+    shared, count = readers.current(), compiled_pairs.numbers_of_one(rights)
+    if shared.keeps(right, "compiled Gram", count):
+        (known,) = shared.once(right, "compiled Gram", count, lambda: [compiled_pairs.of_one(rights)])
+    found = compiled_pairs.inner_products(lefts, rights, known)
+    squares, sizes = (terms.view(left.shape[:2]).sum(1) for terms in found)
+    return recomputed(squares, sizes, lambda b: direct(left[b], right[b]))
 
 
 def _triton_direct(left: torch.Size, right: torch.Size) -> Plan | None:

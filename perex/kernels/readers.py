@@ -18,12 +18,13 @@ class Kept(NamedTuple):
 
     tensor: Tensor
     version: int
+    kind: str
     value: list[Any]
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether it was computed of what `x` is now."""
+    def fits(self, x: Tensor, kind: str) -> bool:
+        """Whether it is of this kind, and was computed of what `x` is now."""
         mine = self.tensor
-        same = mine.shape == x.shape and mine.stride() == x.stride() and mine.dtype == x.dtype
+        same = self.kind == kind and mine.shape == x.shape and mine.stride() == x.stride() and mine.dtype == x.dtype
         return same and mine.device == x.device and self.version == x._version
 
 
@@ -59,18 +60,26 @@ class Readers:
         self.ahead.clear()
         self.kept.clear()
 
-    def once(self, x: Tensor, elements: int, compute: Callable[[], Iterable[Any]]) -> Iterable[Any]:
+    def once(self, x: Tensor, kind: str, elements: int, compute: Callable[[], Iterable[Any]]) -> Iterable[Any]:
         """What `compute` makes of `x`, kept if others are to read that too and it has no more elements than `x`."""
         address = address_of(x)
         kept = self.kept.get(address)
-        if kept is not None and kept.fits(x):
+        if kept is not None and kept.fits(x, kind):
             self.hits += 1
             return kept.value
-        if not address or self.ahead[address] < 2 or elements > x.numel():
+        if not self.keeps(x, kind, elements):
             return compute()
         value = list(compute())
-        self.kept[address] = Kept(x, x._version, value)
+        self.kept[address] = Kept(x, x._version, kind, value)
         return value
+
+    def keeps(self, x: Tensor, kind: str, elements: int) -> bool:
+        """Whether what is computed of `x` is there, or will be."""
+        address = address_of(x)
+        kept = self.kept.get(address)
+        if kept is not None and kept.fits(x, kind):
+            return True
+        return bool(address) and self.ahead[address] > 1 and elements <= x.numel()
 
 
 def address_of(tensor: Tensor) -> int:

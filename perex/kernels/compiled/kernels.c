@@ -49,7 +49,7 @@ PyMODINIT_FUNC PyInit__kernels(void)
 /* What this file expects of whoever calls it, to be told from a build of another version. */
 int perex_version(void)
 {
-    return 2;
+    return 3;
 }
 
 /* How many bits the widest vectors have that this CPU and these kernels know; 0: none. */

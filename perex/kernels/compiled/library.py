@@ -19,7 +19,7 @@ from torch import Tensor
 
 from perex.kernels.large import in_memory
 
-VERSION = 2
+VERSION = 3
 """What `kernels.c` says of itself; one more with each change of what its functions take."""
 
 NAMES = {torch.float32: "float", torch.float64: "double"}

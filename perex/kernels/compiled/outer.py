@@ -19,10 +19,11 @@ from perex.kernels.compiled.library import address, in_runs, kernel, lanes, room
 from perex.kernels.geometry import OPERATORS
 from perex.kernels.plan import Plan
 
-COST, ELSEWHERE, CALL = 0.45, 1.1, 2_000_000
+COST, ELSEWHERE, CALL = 0.45, 1.05, 6_000_000
 """What a multiply-add costs, where torch's matrix products are slow and elsewhere, and a call beside its arithmetic.
 
-In multiply-adds of a large matrix product of torch's, as measured on two cores of an AMD EPYC of the fifth generation.
+In multiply-adds of a large matrix product of torch's, as measured on two cores of AMD EPYCs, of the fifth generation and
+of the third.
 """
 
 TILE = 0.375
@@ -90,15 +91,17 @@ def _squares(left: Tensor, right: Tensor, total: Tensor | None) -> Tensor:
             total.zero_()
         return left.new_zeros(len(left), 1)
     left, right = (t if t.stride(2) == 1 else t.contiguous() for t in (left, right))
-    examples, positions, rows = left.shape
-    down, across = blocks(rows, right.shape[2], torch.get_num_threads(), *tile(left.dtype))
-    threads = min(torch.get_num_threads(), down * across)
-    found = left.new_empty(examples, down * across)
-    numbers = threads, examples, positions, rows, right.shape[2], down, across
-    shape = (ctypes.c_int64 * 11)(*numbers, *left.stride()[:2], *right.stride()[:2])  # `Outer` of `shape.h`
+    down, across = blocks(left.shape[2], right.shape[2], torch.get_num_threads(), *tile(left.dtype))
+    found, shape = left.new_empty(len(left), down * across), shape_of(left, right, down * across, down, across)
     with room("outer", left.dtype, shape) as space:
         kernel("outer", left.dtype)(shape, *(address(tensor) for tensor in (left, right, found, total)), space)
     return found
+
+
+def shape_of(left: Tensor, right: Tensor, tasks: int, down: int, across: int) -> Any:
+    """`Outer` of `shape.h`."""
+    numbers = min(torch.get_num_threads(), tasks), *left.shape, right.shape[2], down, across
+    return (ctypes.c_int64 * 11)(*numbers, *left.stride()[:2], *right.stride()[:2])
 
 
 OPERATORS.define("outer_squares(Tensor left, Tensor right, Tensor(a!)? total) -> Tensor")

@@ -2,12 +2,6 @@
 
 #define STRETCH (64 * LANES) /* numbers that are added up in one vector: long sums lose digits */
 
-/* The first half of each vector and its second, added up: a number of one, and then one of the other. */
-INLINE VECTOR NAME(halved)(VECTOR one, VECTOR other)
-{
-    return __builtin_shufflevector(one, other, LOWER) + __builtin_shufflevector(one, other, UPPER);
-}
-
 /* Adds both sums over `count` numbers, without the root. */
 INLINE void NAME(add_plane)(const REAL *x, const REAL *g, size count, REAL mean, double *centred, double *plain)
 {

@@ -47,6 +47,7 @@
 #include "direct.h"
 #include "gram.h"
 #include "outer.h"
+#include "pairs.h"
 #include "planes.h"
 #include "pooling.h"
 
@@ -67,6 +68,9 @@
 #undef DEPTH
 #undef STRETCH
 #undef ROWS
+#undef SIDE
+#undef REACH
+#undef SPAN
 #undef RUNS
 #undef VECTOR
 #undef LOOSE

@@ -12,6 +12,12 @@ typedef INTEGER NAME(bits) __attribute__((vector_size(LANES * sizeof(REAL))));
 #define INLINE __attribute__((always_inline, target(TARGET))) static inline
 #define FUNCTION __attribute__((target(TARGET)))
 
+/* The first half of each vector and its second, added up: a number of one, and then one of the other. */
+INLINE VECTOR NAME(halved)(VECTOR one, VECTOR other)
+{
+    return __builtin_shufflevector(one, other, LOWER) + __builtin_shufflevector(one, other, UPPER);
+}
+
 /* G += sum_p g_p x_p^T, of two vectors g_p side by side, and some threes of numbers x_p, each spread over a vector.
  *
  * Places p are in `rows` rows of `columns` columns. In x, a three begins at one of `begins`, with its numbers `apart`, and
