@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import perex
 from perex.kernels import convolution, pooling
 from perex.kernels import outer as kernels
-from perex.kernels.compiled import direct, gram, library, outer, planes, shape
+from perex.kernels.compiled import direct, gram, library, outer, pairs, planes, shape
 from perex.kernels.compiled.pooling import pooled
 from perex.kernels.geometry import Geometry, weight_gradient
 
@@ -158,9 +158,10 @@ def test_outer_products(bits, count, threads, monkeypatch):
         tolerance = 3 * TOLERANCE[left.dtype]
         gradients = left.double().mT @ right.double()
         squares = gradients.flatten(1).square().sum(1)
-        torch.testing.assert_close(
-            kernels.compiled_direct(left, right).double(), squares, rtol=tolerance, atol=tolerance
-        )
+        for way in (kernels.compiled_direct, kernels.compiled_gram):
+            found = way(left, right).double()
+            found = found.sum(1) if found.dim() == 2 else found  # of terms
+            torch.testing.assert_close(found, squares, rtol=tolerance, atol=tolerance)
         found, total = outer.squares_and_sum(left[:, 0], right[:, 0], summing=True)
         squares, wanted = gradients[:, 0].flatten(1).square().sum(1), gradients[:, 0].sum(0)
         torch.testing.assert_close(found.sum(1).double(), squares, rtol=tolerance, atol=tolerance)
@@ -212,8 +213,41 @@ def test_nothing_to_multiply(shape):
     batch, positions, m, n = shape
     found, total = outer.squares_and_sum(torch.ones(batch, positions, m), torch.ones(batch, positions, n), summing=True)
     assert torch.equal(found.sum(1), torch.zeros(batch)) and torch.equal(total, torch.zeros(m, n))
-    found = kernels.compiled_direct(torch.ones(batch, 1, positions, m), torch.ones(batch, 1, positions, n))
-    assert torch.equal(found, torch.zeros(batch))
+    both = torch.ones(batch, 1, positions, m), torch.ones(batch, 1, positions, n)
+    assert torch.equal(kernels.compiled_direct(*both).sum(1), torch.zeros(batch))
+    assert torch.equal(kernels.compiled_gram(*both), torch.zeros(batch))
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("bits", VECTORS)
+def test_from_pairs_of_positions(bits, count, threads, monkeypatch):
+    """With inner products of one side at hand, or not."""
+    monkeypatch.setattr(library, "bits", lambda: bits)
+    threads(count)
+
+    @grid(150)
+    @given(sums_of_outer_products(), st.booleans())
+    def drawn(both, at_hand):
+        left, right = (side[:, 0] for side in both)
+        found, sizes = pairs.inner_products(left, right, pairs.of_one(right) if at_hand else None)
+        terms = (left.double() @ left.double().mT) * (right.double() @ right.double().mT)
+        absolute = terms.abs().sum((1, 2))
+        assert ((found - terms.sum((1, 2))).abs() <= TOLERANCE[left.dtype] * absolute).all()
+        torch.testing.assert_close(sizes.double(), absolute, rtol=10 * TOLERANCE[left.dtype], atol=1e-12)
+
+    drawn()
+
+
+@needs_kernels
+def test_numbers_that_are_none_stay_so():
+    """An example with infinity, or with NaN, has no finite norm; those beside it have their own."""
+    torch.manual_seed(0)
+    left, right = torch.randn(4, 1, 21, 40), torch.randn(4, 1, 21, 33)
+    wanted = kernels.compiled_gram(left, right)
+    left[1, 0, 20, 3], right[2, 0, 0, 32] = torch.inf, torch.nan
+    found = kernels.compiled_gram(left, right)
+    assert torch.equal(found[[0, 3]], wanted[[0, 3]]) and not found[[1, 2]].isfinite().any()
 
 
 @needs_kernels
@@ -245,9 +279,11 @@ def test_sums_over_planes(bits, count, threads, monkeypatch):
 
 
 @needs_kernels
-def test_norms_of_linear_layers_with_their_sum():
+def test_norms_of_linear_layers_with_their_sum(monkeypatch):
     """From the second step on, `.grad` comes out of the tiles that are squared, and is plain training's to rounding."""
     torch.manual_seed(0)
+    monkeypatch.setattr(outer, "ELSEWHERE", outer.COST)  # wherever it pays
+    kernels.NORMS.picked.clear()
     model, x = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)), torch.randn(8, 64, 256)
     px = perex.attach(model)
     for _ in range(3):

@@ -68,7 +68,7 @@ def faster(a: Tensor, b: Tensor, rows: int | None = None, times: int = 1) -> boo
 
 def in_memory(tensor: Tensor) -> bool:
     """Whether a tensor is in a CPU's memory, and does not stand for several, as in `vmap`."""
-    if tensor.device.type != "cpu" or not torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.CPU):
+    if not tensor.is_cpu or not torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.CPU):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 

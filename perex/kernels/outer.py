@@ -120,7 +120,7 @@ def compiled_direct(left: Tensor, right: Tensor) -> Tensor:
     if not runnable(left, right):
         return direct(left, right)
     squares, _ = compiled.squares_and_sum(left.flatten(0, 1), right.flatten(0, 1), summing=False)
-    return squares.unflatten(0, left.shape[:2]).sum((1, 2))
+    return squares.view(len(left), left.shape[1] * squares.shape[1])
 
 
 def summed_plan(left: torch.Size, right: torch.Size) -> Plan:
@@ -205,7 +205,7 @@ def grams(x: Tensor) -> list[Tensor]:
 
 def _gram(left: torch.Size, right: torch.Size) -> Plan | None:
     batch, groups, positions, m = left
-    if positions < 2:
+    if positions < 2 or not m * right[3]:
         return None
     total, largest, pieces = products(positions)
     total, largest = groups * total, groups * largest
@@ -221,7 +221,8 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     batch, groups, positions, _ = left.shape
     count, largest, _ = products(positions)
     blocks = list(example_blocks(batch, groups * largest, pair_block_size(batch, groups * largest)))
-    of_right = readers.current().once(right, "Gram", batch * groups * count, lambda: (grams(right[i:j]) for i, j in blocks))
+    elements = batch * groups * count
+    of_right = readers.current().once(right, "Gram", elements, lambda: (grams(right[i:j]) for i, j in blocks))
     totals, sizes = [], []
     for (i, j), rights in zip(blocks, of_right, strict=True):
         total, size = (left.new_zeros(j - i).real for _ in range(2))
@@ -248,12 +249,12 @@ def compiled_gram(left: Tensor, right: Tensor) -> Tensor:
     """`gram`, an example's matrices in a thread's cache; or as it is, where autograd or vmap follow tensors."""
     if not runnable(left, right):
         return gram(left, right)
-    (lefts, rights), known = (t.flatten(0, 1) for t in (left, right)), None
-    shared, count = readers.current(), compiled_pairs.numbers_of_one(rights)
-    if shared.keeps(right, "compiled Gram", count):
-        (known,) = shared.once(right, "compiled Gram", count, lambda: [compiled_pairs.of_one(rights)])
-    found = compiled_pairs.inner_products(lefts, rights, known)
-    squares, sizes = (terms.view(left.shape[:2]).sum(1) for terms in found)
+    rights, known, shared = right.flatten(0, 1), None, readers.current()
+    if shared.several(right) and (numbers := compiled_pairs.numbers_of_one(rights)) <= right.numel():
+        (known,) = shared.once(right, "compiled Gram", numbers, lambda: [compiled_pairs.of_one(rights)])
+    squares, sizes = compiled_pairs.inner_products(left.flatten(0, 1), rights, known)
+    if left.shape[1] > 1:
+        squares, sizes = (found.view(left.shape[:2]).sum(1) for found in (squares, sizes))
     return recomputed(squares, sizes, lambda b: direct(left[b], right[b]))
 
 

@@ -67,19 +67,16 @@ class Readers:
         if kept is not None and kept.fits(x, kind):
             self.hits += 1
             return kept.value
-        if not self.keeps(x, kind, elements):
+        if not address or self.ahead[address] < 2 or elements > x.numel():
             return compute()
         value = list(compute())
         self.kept[address] = Kept(x, x._version, kind, value)
         return value
 
-    def keeps(self, x: Tensor, kind: str, elements: int) -> bool:
-        """Whether what is computed of `x` is there, or will be."""
+    def several(self, x: Tensor) -> bool:
+        """Whether others are to read `x` too, or have left something for those that are."""
         address = address_of(x)
-        kept = self.kept.get(address)
-        if kept is not None and kept.fits(x, kind):
-            return True
-        return bool(address) and self.ahead[address] > 1 and elements <= x.numel()
+        return bool(address) and (self.ahead[address] > 1 or address in self.kept)
 
 
 def address_of(tensor: Tensor) -> int:

@@ -6,7 +6,6 @@ than a thread's cache. The sum over examples is left beside it on demand. The ke
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from perex.kernels.compiled.library import address, in_runs, kernel, lanes, room
+from perex.kernels.compiled.library import address, in_runs, kernel, lanes, room, seen
 from perex.kernels.compiled.shape import CACHED, applies, oriented, shape_of
 from perex.kernels.geometry import OPERATORS, Geometry, geometry_of, measures, options_of
 from perex.kernels.plan import Plan
@@ -75,7 +74,8 @@ def squares_and_sum(x: Tensor, grads: Tensor, geometry: Geometry, summing: bool)
     """
     shape = geometry.weight_shape if summing else None
     options = options_of(geometry)
-    return in_runs(lambda *given: torch.ops.perex.direct_squares(*given, *options), x, grads, shape)
+    run = seen(torch.ops.perex.direct_squares, _squares)
+    return in_runs(lambda *given: run(*given, *options), x, grads, shape)
 
 
 def _squares(x: Tensor, grads: Tensor, total: Tensor | None, *options: Any) -> Tensor:
@@ -84,7 +84,7 @@ def _squares(x: Tensor, grads: Tensor, total: Tensor | None, *options: Any) -> T
     wide, narrow = oriented(x, grads, geometry)
     shape = shape_of(wide, narrow, geometry)
     found = x.new_empty(len(x), shape[1])  # by parts
-    with room("direct", x.dtype, shape, ctypes.c_int64(total is not None)) as space:
+    with room("direct", x.dtype, shape, total is not None) as space:
         kernel("direct", x.dtype)(shape, *(address(tensor) for tensor in (wide, narrow, found, total)), space)
     return found
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from perex.kernels.compiled.direct import CALL
-from perex.kernels.compiled.library import address, kernel, room
+from perex.kernels.compiled.library import address, kernel, room, seen
 from perex.kernels.compiled.shape import applies, oriented, shape_of
 from perex.kernels.geometry import OPERATORS, Geometry, geometry_of, options_of
 from perex.kernels.plan import Plan
@@ -65,7 +65,7 @@ def inner_products(x: Tensor, grads: Tensor, geometry: Geometry) -> tuple[Tensor
     Returns:
         Two tensors `(B,)`.
     """
-    squares, sizes = torch.ops.perex.gram_squares(x, grads, *options_of(geometry))
+    squares, sizes = seen(torch.ops.perex.gram_squares, _squares)(x, grads, *options_of(geometry))
     return squares.sum(1), sizes.sum(1)
 
 

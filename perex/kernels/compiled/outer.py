@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from perex.kernels import large
-from perex.kernels.compiled.library import address, in_runs, kernel, lanes, room
+from perex.kernels.compiled.library import address, in_runs, kernel, lanes, room, seen
 from perex.kernels.geometry import OPERATORS
 from perex.kernels.plan import Plan
 
-COST, ELSEWHERE, CALL = 0.45, 1.05, 6_000_000
+COST, ELSEWHERE, CALL = 0.45, 1.1, 8_000_000
 """What a multiply-add costs, where torch's matrix products are slow and elsewhere, and a call beside its arithmetic.
 
-In multiply-adds of a large matrix product of torch's, as measured on two cores of AMD EPYCs, of the fifth generation and
-of the third.
+In multiply-adds of a large matrix product of torch's, as measured on two cores of AMD EPYCs, of the fifth generation
+and of the third.
 """
 
 TILE = 0.375
@@ -81,7 +81,7 @@ def squares_and_sum(left: Tensor, right: Tensor, summing: bool) -> tuple[Tensor,
         Tensor `(B, P)`, terms to be added up, and one of shape `(m, n)`, or None.
     """
     shape = (left.shape[2], right.shape[2]) if summing else None
-    return in_runs(torch.ops.perex.outer_squares, left, right, shape)
+    return in_runs(seen(torch.ops.perex.outer_squares, _squares), left, right, shape)
 
 
 def _squares(left: Tensor, right: Tensor, total: Tensor | None) -> Tensor:

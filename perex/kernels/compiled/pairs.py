@@ -5,7 +5,6 @@ The matrices of inner products are no larger than a thread's cache. The kernel i
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from perex.kernels import large
-from perex.kernels.compiled.library import address, kernel, lanes, room
+from perex.kernels.compiled.library import address, asked, kernel, lanes, room, seen
 from perex.kernels.compiled.outer import shape_of
 from perex.kernels.geometry import OPERATORS
 from perex.kernels.plan import Plan
@@ -21,7 +20,7 @@ from perex.kernels.plan import Plan
 LONGEST = 1024
 """Positions, at most: beyond, the matrices leave the caches."""
 
-COST, ELSEWHERE, CALL = 0.55, 1.2, 12_000_000
+COST, ELSEWHERE, CALL = 0.55, 1.2, 8_000_000
 """What a multiply-add costs, where torch's matrix products are slow and elsewhere, and a call beside its arithmetic.
 
 In multiply-adds of a large matrix product of torch's, as measured on two cores of AMD EPYCs.
@@ -66,26 +65,26 @@ def inner_products(left: Tensor, right: Tensor, known: Tensor | None = None) -> 
     Returns:
         Two tensors `(B,)`.
     """
-    squares, sizes = torch.ops.perex.pair_squares(left, right, known).sum(2)
+    found = seen(torch.ops.perex.pair_squares, _squares)(left, right, known)
+    squares, sizes = found.sum(2) if found.shape[2] > 1 else found.squeeze(2)
     return squares, sizes
 
 
 def of_one(x: Tensor) -> Tensor:
     r"""$x_t \cdot x_s$ of all positions of `(B, T, n)`, in the kernel's own order, for several calls that read `x`."""
-    return torch.ops.perex.pair_products(x)  # type: ignore[no-any-return]
+    made: Tensor = seen(torch.ops.perex.pair_products, _products)(x)
+    return made
 
 
 def numbers_of_one(x: Tensor) -> int:
     """How many numbers `of_one` makes of `(B, T, n)`."""
-    count = kernel("pairs_of_one", x.dtype)
-    count.restype = ctypes.c_int64
-    return len(x) * int(count(shape_of(x, x, 1, 1, 1)))
+    return len(x) * asked("pairs_of_one", x.dtype, shape_of(x, x, 1, 1, 1))
 
 
 def _run(left: Tensor, right: Tensor, known: Tensor | None, made: Tensor | None) -> Tensor:
     """Call the kernel: squares and sizes, `(2, B, P)`."""
     left, right = (t if t.stride(2) == 1 else t.contiguous() for t in (left, right))
-    down = parts(*left.shape[:2], 2 * lanes(left.dtype))
+    down = parts(len(left), left.shape[1], 2 * lanes(left.dtype))
     found, shape = left.new_empty(2, len(left), down), shape_of(left, right, len(left) * down, down, 1)
     with room("pairs", left.dtype, shape) as space:
         tensors = left, right, known, made, *found
