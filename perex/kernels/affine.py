@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perex.kernels.compiled.planes import plane_sums as compiled
+from perex.kernels.compiled import planes, rows
 from perex.kernels.spot import Spot
 from perex.kernels.triton.available import usable
 
@@ -32,7 +32,7 @@ def plane_sums(x: Tensor, grads: Tensor, mean: Tensor, variance: Tensor, eps: fl
         from perex.kernels.triton.affine import plane_sums as fused
 
         return fused(x, grads, mean, variance, eps)
-    return compiled(x, grads, mean, variance, eps) or by_backend(x, grads, mean, variance, eps)
+    return planes.plane_sums(x, grads, mean, variance, eps) or by_backend(x, grads, mean, variance, eps)
 
 
 def by_backend(x: Tensor, grads: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def by_backend(x: Tensor, grads: Tensor, mean: Tensor, variance: Tensor, eps: fl
 
 
 def row_sums(x: Tensor, grads: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor] | None:
-    r"""$\sum_t g_{bt} \hat{x}_{bt}$ and $\sum_t g_{bt}$ with every row $x_{bt}$ normalised, on a GPU.
+    r"""$\sum_t g_{bt} \hat{x}_{bt}$ and $\sum_t g_{bt}$ with every row $x_{bt}$ normalised.
 
     Args:
         x: `(B, T, d)`.
@@ -57,9 +57,13 @@ def row_sums(x: Tensor, grads: Tensor, eps: float, centred: bool) -> tuple[Tenso
         centred: whether the mean is subtracted (layer norm) or not (RMS norm).
 
     Returns:
-        Tensors `(B, d)`, in float32; None where there is no kernel for it.
+        Tensors `(B, d)`, in float32 or better; None where there is no kernel for it.
     """
-    if not x.is_cuda or not x.numel() or x.shape[2] > WIDEST:
+    if not x.numel():
+        return None
+    if not x.is_cuda:
+        return rows.row_sums(x, grads, eps, centred)
+    if x.shape[2] > WIDEST:
         return None
     if not usable(Spot("cuda", x.dtype)) or not usable(Spot("cuda", grads.dtype)):
         return None

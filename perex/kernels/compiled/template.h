@@ -50,6 +50,7 @@
 #include "pairs.h"
 #include "planes.h"
 #include "pooling.h"
+#include "rows.h"
 
 #undef REAL_BITS
 #undef JOIN
@@ -71,6 +72,7 @@
 #undef SIDE
 #undef REACH
 #undef SPAN
+#undef RUN
 #undef RUNS
 #undef VECTOR
 #undef LOOSE
