@@ -333,7 +333,8 @@ def outer_of(batch: int, positions: int, m: int, n: int, device: str = "meta") -
     [  # where `@` multiplies as fast as anything
         (outer_of(2, 512, 768, 256), True),  # multiplied out for the norm anyway
         (outer_of(4, 256, 1536, 512), True),  # the Gram matrix costs more than a pass over each product
-        (outer_of(16, 64, 768, 256), False),  # the Gram matrix is cheap
+        (outer_of(16, 64, 768, 256), True),  # likewise, by the kernel in C
+        (outer_of(64, 16, 768, 256), False),  # the Gram matrix is cheap
         (outer_of(256, 1, 1024, 1024), False),  # so is a product of norms
         (outer_of(2, 40, 8, 8), False),  # too small to be worth it
         (Patches(torch.empty(64, 1, 32, 16, 16, device="meta"), torch.empty(64, 1, 64, 16, 16, device="meta"),

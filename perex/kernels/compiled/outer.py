@@ -19,7 +19,7 @@ from perex.kernels.compiled.library import address, in_runs, kernel, lanes, room
 from perex.kernels.geometry import OPERATORS
 from perex.kernels.plan import Plan
 
-COST, ELSEWHERE, CALL = 0.45, 1.1, 8_000_000
+COST, ELSEWHERE, CALL = 0.45, 1.0, 8_000_000
 """What a multiply-add costs, where torch's matrix products are slow and elsewhere, and a call beside its arithmetic.
 
 In multiply-adds of a large matrix product of torch's, as measured on two cores of AMD EPYCs, of the fifth generation

@@ -20,7 +20,7 @@ from perex.kernels.plan import Plan
 LONGEST = 1024
 """Positions, at most: beyond, the matrices leave the caches."""
 
-COST, ELSEWHERE, CALL = 0.55, 1.2, 8_000_000
+COST, ELSEWHERE, CALL = 0.55, 1.3, 8_000_000
 """What a multiply-add costs, where torch's matrix products are slow and elsewhere, and a call beside its arithmetic.
 
 In multiply-adds of a large matrix product of torch's, as measured on two cores of AMD EPYCs.
