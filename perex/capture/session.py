@@ -296,11 +296,11 @@ class Session:
         self.restore()
         self.restore = nothing
         if self.capture is not None:
+            take_off(self.capture)  # first: it would see each look at a parameter below
             forward = self.capture.forward
             forward.tracked = self.parameters.tracked()
             if forward.record is not None and forward.record.versions != self.parameters.versions():
                 forward.record = None  # it changes its own parameters, and would do so again
-            take_off(self.capture)
             self.capture.opaque = None
             self.capture.inputs = []
             self.capture.spread.made.clear()

@@ -35,8 +35,7 @@ FUNCTION static double NAME(squared)(const Shape *s, const NAME(Layout) *l, cons
             for (size j = 0; j < 3 && NAME(column)(s, three, j) >= 0; j++)
                 for (size v = 0; v < 2; v++)
                     sum += G[(three * 3 + j) * 2 + v] * G[(three * 3 + j) * 2 + v];
-        for (size lane = 0; lane < LANES; lane++)
-            total += sum[lane];
+        total += NAME(added)(sum);
     }
     return total;
 }

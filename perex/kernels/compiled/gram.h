@@ -132,10 +132,8 @@ FUNCTION static void NAME(sum_pairs)(const Shape *s, const NAME(Layout) *l, cons
                     sum_of_sizes += (VECTOR)((BITS)product & ~sign);
                 }
             }
-            for (size lane = 0; lane < LANES; lane++) {
-                *total += sum[lane];
-                *absolute += sum_of_sizes[lane];
-            }
+            *total += NAME(added)(sum);
+            *absolute += NAME(added)(sum_of_sizes);
         }
 }
 

@@ -106,8 +106,8 @@ FUNCTION static void NAME(sum_products)(const NAME(Pairs) *p, size block, const 
         lanes[lane] = (INTEGER)lane;
     one += block * p->padded * ROWS;
     other += block * p->padded * ROWS;
+    VECTOR sum = (VECTOR){}, sum_of_sizes = (VECTOR){};
     for (size s = 0; s < p->positions && s < (block + 1) * ROWS; s++) {
-        VECTOR sum = (VECTOR){}, sum_of_sizes = (VECTOR){};
         for (size v = 0; v < 2; v++, one += LANES, other += LANES) {
             BITS product = (BITS)(*(const LOOSE *)one * *(const LOOSE *)other);
             BITS after = lanes + (INTEGER)(block * ROWS + v * LANES - s); /* how far t is from s */
@@ -115,9 +115,10 @@ FUNCTION static void NAME(sum_products)(const NAME(Pairs) *p, size block, const 
             sum += 2 * (VECTOR)twice + (VECTOR)once;
             sum_of_sizes += 2 * (VECTOR)(twice & ~sign) + (VECTOR)(once & ~sign);
         }
-        for (size lane = 0; lane < LANES; lane++) {
-            *total += sum[lane];
-            *absolute += sum_of_sizes[lane];
+        if (s % RUN == RUN - 1 || s + 1 == p->positions || s + 1 == (block + 1) * ROWS) {
+            *total += NAME(added)(sum);
+            *absolute += NAME(added)(sum_of_sizes);
+            sum = sum_of_sizes = (VECTOR){};
         }
     }
 }

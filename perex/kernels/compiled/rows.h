@@ -3,13 +3,11 @@
  * m and v are of each row of x itself; without `centred`, as in RMS norms, m is 0.
  */
 
-#define RUN 64 /* rows that are added up one after the other: long sums lose digits */
-
 /* The sum over a row of (x - mean)^power, of power 1 or 2. */
 INLINE double NAME(moment)(const REAL *x, size width, REAL mean, int power)
 {
     VECTOR sum[2] = {(VECTOR){}, (VECTOR){}};
-    double total = 0;
+    double total;
     size i = 0;
     for (; i + 2 * LANES <= width; i += 2 * LANES)
 #pragma GCC unroll 2
@@ -20,8 +18,7 @@ INLINE double NAME(moment)(const REAL *x, size width, REAL mean, int power)
             else
                 sum[v] += from * from;
         }
-    for (size lane = 0; lane < LANES; lane++)
-        total += (double)sum[0][lane] + sum[1][lane];
+    total = NAME(added)(sum[0] + sum[1]);
     for (; i < width; i++)
         total += power == 1 ? x[i] - mean : (x[i] - mean) * (x[i] - mean);
     return total;

@@ -2,6 +2,7 @@
 
 #define ROWS (2 * LANES)
 #define RUNS (REGISTERS >= 32 ? 4 : 2)
+#define RUN 64 /* rows that are added up one after the other: long sums lose digits */
 
 typedef REAL NAME(vector) __attribute__((vector_size(LANES * sizeof(REAL)), may_alias));
 typedef REAL NAME(loose) __attribute__((vector_size(LANES * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
@@ -16,6 +17,14 @@ typedef INTEGER NAME(bits) __attribute__((vector_size(LANES * sizeof(REAL))));
 INLINE VECTOR NAME(halved)(VECTOR one, VECTOR other)
 {
     return __builtin_shufflevector(one, other, LOWER) + __builtin_shufflevector(one, other, UPPER);
+}
+
+/* The sum over a vector. */
+INLINE REAL NAME(added)(VECTOR all)
+{
+    for (size several = LANES; several > 1; several /= 2)
+        all = NAME(halved)(all, all);
+    return all[0];
 }
 
 /* G += sum_p g_p x_p^T, of two vectors g_p side by side, and some threes of numbers x_p, each spread over a vector.
