@@ -20,7 +20,7 @@ from perex.capture.memo import Known, Place
 from perex.capture.parameters import Source
 from perex.capture.refusals import Refusals
 from perex.capture.substitutes import ours, run
-from perex.capture.taps import Poison, Tap
+from perex.capture.taps import Poison, put
 from perex.rules import recurring
 from perex.rules.call import Call, Ref, pack, unpack
 from perex.rules.general import GENERAL
@@ -254,7 +254,7 @@ class Meeting:
         if isinstance(call.func, Applied):  # whose parameters have required grad
             without = tuple(number for number, result in enumerate(produced) if not result.requires_grad)
         knows = Tapped(forward, call, use, summed, left, without)
-        tapped = Tap.apply(knows, saved, forward.sentinel, *aliases, *produced)
+        tapped = put(knows, saved, forward.sentinel, *aliases, *produced)
         for tensor, axis in zip(tapped, out_axes, strict=True):
             self.labels.mark(tensor, axis)
         return type(out)(tapped) if template is out else unpack(template, tapped)

@@ -25,16 +25,10 @@ class Output(NamedTuple):
     Attributes:
         edge: where it is in the graph.
         axis: where the examples are in it.
-        place: its number among all outputs.
-        like: a tensor of its shape and type, without memory.
-        device: where it is.
     """
 
     edge: GradientEdge
     axis: Held
-    place: int
-    like: Tensor
-    device: torch.device
 
 
 class Outputs:
@@ -126,7 +120,7 @@ class Outputs:
                 "an output of the model is of one example, and not every example has one: whether only that example's "
                 "loss reads it, `px.backward(losses)` can tell"
             )
-        for place, (tensor, label) in enumerate(zip(tensors, marks, strict=True)):
+        for tensor, label in zip(tensors, marks, strict=True):
             if isinstance(label, Axis) and label.owners is not None and id(tensor) not in packed:
                 if bool((label.owners.ids.diff() < 0).any()):
                     capture.forward.asks = (
@@ -137,8 +131,7 @@ class Outputs:
                 capture.forward.record.returned(tensor, capture.labels.batch_label(tensor))
             audited = not self.parameters.sharded or tensor.grad_fn is not None and tensor.grad_fn.name() == EXIT
             if isinstance(label, (Axis, Single)) and tensor.requires_grad and audited:
-                like = torch.empty_like(tensor, device="meta", requires_grad=False)
-                edges.append(Output(get_gradient_edge(tensor), label, place, like, tensor.device))
+                edges.append(Output(get_gradient_edge(tensor), label))
             if isinstance(label, (Axis, Single, Lost)):
                 self.labels.append((weakref.ref(tensor), label))
             if isinstance(label, Axis) and label.dim != self.batch_dim and capture.ambiguous is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
 from perex.errors import PerexError, UnsupportedError
 
@@ -64,6 +64,16 @@ class Tap(torch.autograd.Function):
             if torch.is_grad_enabled():  # create_graph=True
                 grads = tuple(g if g is None else Second.apply(tapped, tapped.forward.sentinel, g) for g in grads)
         return None, None, None, *[sums.get(name) for name in summed], *grads
+
+
+def put(*args: Any) -> Any:
+    """`Tap.apply`, past what `Function.apply` asks before: there are no taps in torch.func's transforms."""
+    if torch._C._are_functorch_transforms_active():
+        return Tap.apply(*args)
+    return _put(*args)
+
+
+_put: Any = super(_SingleLevelFunction, Tap).apply  # type: ignore[misc]
 
 
 def stands_for_several(grad: Tensor) -> bool:
