@@ -50,12 +50,16 @@ class Tap(torch.autograd.Function):
         tapped: Tapped = ctx.tapped
         summed = tapped.summed
         sums: Mapping[str, Tensor] = {}
-        if any(grad is not None and stands_for_several(grad) for grad in grads):
+        arrived = several = False
+        for grad in grads:
+            if grad is not None:
+                arrived, several = True, several or stands_for_several(grad)
+        if several:
             error = several_backwards(tapped)
             if summed:
                 raise error
             tapped.forward.refuse(error)
-        elif any(grad is not None for grad in grads):
+        elif arrived:
             wanted: Sequence[str] = ()
             if summed:
                 nodes = ctx.next_functions[1 : 1 + len(summed)]

@@ -136,9 +136,11 @@ class Captured:
         self.arrived = grads
         self.left = left
         self.batch = call.batch
-        first = next((grad for grad in grads if grad is not None), None)
-        narrow = call.rule.narrow and first is not None and first.is_cuda and first.dtype in HALVES
-        self.dtype = first.dtype if narrow and first is not None else None
+        self.dtype: torch.dtype | None = None
+        if call.rule.narrow:
+            first = next((grad for grad in grads if grad is not None), None)
+            if first is not None and first.is_cuda and first.dtype in HALVES:
+                self.dtype = first.dtype
         self.grads = [None if grad is None else self.read(without_graph(grad)) for grad in grads]
         self.differentiable = [i for i, t in zip(call.kept, saved, strict=True) if t.requires_grad]
         self.tensors: dict[int, Tensor] = {i: without_graph(t) for i, t in zip(call.kept, saved, strict=True)}
