@@ -46,7 +46,7 @@ def affine(captured: Captured, normalize: Callable[[Tensor, float], Tensor], tra
 def by_rows(captured: Captured, shape: Sequence[int], eps: float, centred: bool) -> dict[str, Factor] | None:
     """The two sums from one reading of each row; None where there is no kernel for that."""
     grad, batch = captured.grads[0], captured.batch
-    if grad is None or not captured.wants("weight") or math.prod(shape) < 1:
+    if grad is None or not captured.wants("weight") or not batch * math.prod(shape):
         return None
     x, grad = (
         value.reshape(batch, -1, math.prod(shape))
