@@ -77,7 +77,7 @@ def put(*args: Any) -> Any:
     return _put(*args)
 
 
-_put: Any = super(_SingleLevelFunction, Tap).apply  # type: ignore[misc]
+_put: Any = super(_SingleLevelFunction, Tap).apply
 
 
 def stands_for_several(grad: Tensor) -> bool:
