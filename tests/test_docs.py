@@ -73,8 +73,9 @@ def as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     """Run in an empty directory; take back the rules that examples register, and what they set in torch."""
     monkeypatch.chdir(tmp_path)
     tables = [(table, dict(table)) for table in (registry.OPERATORS, registry.MODULES)]
-    dtype, state = torch.get_default_dtype(), torch.get_rng_state()
+    dtype, state, threads = torch.get_default_dtype(), torch.get_rng_state(), torch.get_num_threads()
     torch.manual_seed(0)
+    torch.set_num_threads(2)  # of which reports count each one's memory
     try:
         yield
     finally:
@@ -83,6 +84,7 @@ def as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
             table.update(rules)
         torch.set_default_dtype(dtype)
         torch.set_rng_state(state)
+        torch.set_num_threads(threads)
         torch.set_printoptions(profile="default")
 
 

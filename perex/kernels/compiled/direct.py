@@ -32,7 +32,8 @@ def plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
         return None
     flops = operations(x, grads, *options_of(geometry))
     slack = COST * wasted(x, grads, geometry)
-    held = torch.get_num_threads() * (geometry.weight_shape.numel() + CACHED)
+    packed = min(CACHED, 2 * (x[1:].numel() + grads[1:].numel()))
+    held = torch.get_num_threads() * (geometry.weight_shape.numel() + packed)
     moved = (x.numel() + grads.numel()) // 8 + x[0] * geometry.weight_shape.numel()  # out of registers, and in again
     return Plan("compiled direct", flops, held, moved, slack, CALL)
 

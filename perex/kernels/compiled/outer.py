@@ -44,7 +44,8 @@ def plan(left: torch.Size, right: torch.Size, summing: bool = False) -> Plan | N
     idle = threads / min(threads, down * across)
     whole = -(-rows // tile()[0]) * -(-columns // tile()[1]) * tile()[0] * tile()[1] / (rows * columns)
     slack = (COST if large.onednn_is_faster() else ELSEWHERE) * idle * whole
-    held = threads * HIGH * (WIDE + min(positions, HIGH)) + 2 * down * across * examples
+    high, wide = min(HIGH, rows), min(WIDE, columns)
+    held = threads * (high * wide + (high + wide) * min(positions, HIGH)) + 2 * down * across * examples
     moved = int(TILE * idle * entries * (1 + summing))
     return Plan("compiled direct", 2 * entries * (positions + 1), held, moved, slack, CALL)
 
