@@ -60,7 +60,8 @@ def attach(
         strategies: ways to the norms to take wherever they apply, the first one first, in place of the cheapest: of
             linear layers `"direct"`, `"Gram"`, `"compiled direct"`, `"compiled Gram"`; of convolutions `"call per
             example"`, `"grouped calls"`, `"unfolded"`, `"pixel Gram"`, `"compiled direct"`, `"compiled pixel Gram"`; on
-            GPUs, with Triton, also `"Triton direct"`, `"Triton Gram"` and, of embeddings, `"Triton segments"`. `px.report()` shows what was taken.
+            GPUs, with Triton, also `"Triton direct"`, `"Triton Gram"` and, of embeddings, `"Triton segments"`.
+            `px.report()` shows what was taken.
         autotune: whether to measure the ways that apply, once for each shape, and take the fastest, rather than the
             one that counting operations and bytes says is. The first steps are slower for that.
         memory: what `clip_`, `reweight_` and `gradients` may take. `"high"`: inputs and output gradients of layers are
