@@ -30,6 +30,9 @@ LEAST = 2.0**-18
 Print = tuple[Tensor, Tensor, float]
 """Projection and norm of each example's rows, `(B,)` each, and by how much they may be off."""
 
+RUN = 2**16
+"""How many random signs there are: those of further elements are these again, times one of them for each run."""
+
 POWERS = 16
 """Weights are powers of two below 2 to the 16th, of either sign: rounding then is the same with and without."""
 
@@ -88,17 +91,20 @@ class Probe:
             self.coarse = max(self.coarse, precision(grad, call.name) if grad.is_cuda else 0.0)
             rows = widen(axis.front(grad.detach(), call.batch)).resolve_conj()
             rows = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(len(rows), -1)
-            found.append((rows @ self.sign(rows), rows.norm(dim=1), LEAST * rows.size(1) ** 0.5 if self.half else 0.0))
+            found.append((self.projected(rows), rows.norm(dim=1), LEAST * rows.size(1) ** 0.5 if self.half else 0.0))
         return found
 
-    def sign(self, rows: Tensor) -> Tensor:
-        """Random signs, as many as a row has elements."""
-        key = rows.size(1), rows.dtype, rows.device
+    def projected(self, rows: Tensor) -> Tensor:
+        """The inner product of each row with random signs, which take no memory to speak of beside long rows."""
+        key = rows.dtype, rows.device
         if key not in self.signs:
-            random = torch.Generator().manual_seed(rows.size(1))
-            signs = torch.randint(2, (rows.size(1),), generator=random, dtype=torch.int8, device="cpu") * 2 - 1
+            random = torch.Generator().manual_seed(0)
+            signs = torch.randint(2, (RUN,), generator=random, dtype=torch.int8, device="cpu") * 2 - 1
             self.signs[key] = signs.to(rows)
-        return self.signs[key]
+        signs, total = self.signs[key], rows.new_zeros(len(rows))
+        for number, run in enumerate(rows.split(RUN, 1)):
+            total += run @ signs[: run.size(1)] * signs[number]
+        return total
 
     def receive(self, tapped: Tapped, grads: Sequence[Tensor | None]) -> None:
         """Take what a tap got in the weighted backward; in the other, see whether it fits."""
