@@ -23,7 +23,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_leaves, tree_map
 
 import perex
-from perex.kernels import convolution, outer
+from perex.kernels import convolution, outer, sums
 from perex.kernels.compiled import library
 
 BUILT = library.library() is not None
@@ -40,7 +40,7 @@ def without_kernels() -> Iterator[None]:
     """As on a machine where no kernel in C was built."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "bits", lambda: 0)
-        for strategies in (convolution.NORMS, outer.NORMS):
+        for strategies in (convolution.NORMS, outer.NORMS, sums.OUTER, sums.PATCHES):
             patch.setattr(strategies, "picked", {})
         yield
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import perex
-from perex.kernels import convolution, pooling
+from perex.kernels import affine, convolution, pooling, sums
 from perex.kernels import outer as kernels
 from perex.kernels.compiled import direct, gram, library, outer, pairs, planes, shape
 from perex.kernels.compiled.pooling import pooled
@@ -195,10 +195,10 @@ def test_sums_over_many_examples_lose_no_digits():
     """Of one sign, where each adds to what is large already."""
     examples = 50_000
     left, right = torch.full((examples, 2, 13), 0.1), torch.full((examples, 2, 33), 0.3)
-    norms, total = kernels.summed(left, right)
-    found, sums = outer.squares_and_sum(left, right, summing=True)
+    norms, total = sums.of_outer(left, right)
+    found, total_of_all = outer.squares_and_sum(left, right, summing=True)
     assert norms.shape == (examples,) and torch.equal(found.sum(1), norms)
-    for one in (total, sums):
+    for one in (total, total_of_all):
         assert (one.double() / (examples * 2 * 0.03) - 1).abs().max() < 1e-5
     geometry = Geometry(torch.Size((4, 3, 1, 2)), (1, 1), (0, 0), (1, 1), False, (0, 0), 1)
     _, total = direct.squares_and_sum(
@@ -271,9 +271,34 @@ def test_sums_over_planes(bits, count, threads, monkeypatch):
             return
         rows = [t.double() for t in (x, grads, mean.view(-1, 1, 1), variance.view(-1, 1, 1))]
         products = rows[1] * (rows[0] - rows[2]) / (rows[3] + 1e-3).sqrt()
-        for sums, terms in zip(found, (products, rows[1]), strict=True):
-            assert sums.dtype == dtype
-            assert ((sums - terms.sum((1, 3, 4))).abs() <= TOLERANCE[dtype] * terms.abs().sum((1, 3, 4))).all()
+        for added, terms in zip(found, (products, rows[1]), strict=True):
+            assert added.dtype == dtype
+            assert ((added - terms.sum((1, 3, 4))).abs() <= TOLERANCE[dtype] * terms.abs().sum((1, 3, 4))).all()
+
+    drawn()
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("bits", VECTORS)
+def test_sums_over_rows(bits, count, threads, monkeypatch):
+    """Rows that fill vectors, or not, far from zero too; more of them than are added up at once."""
+    monkeypatch.setattr(library, "bits", lambda: bits)
+    threads(count)
+
+    @grid(100)
+    @given(sums_of_outer_products(), st.booleans())
+    def drawn(both, centred):
+        x = both[0][:, 0] * 2 + 5
+        grads = torch.randn_like(x)
+        found = affine.row_sums(x, grads, 1e-3, centred)
+        assert found is not None
+        mean = x.double().mean(2, keepdim=True) if centred else 0
+        centre = x.double() - mean
+        products = grads.double() * centre / (centre.square().mean(2, keepdim=True) + 1e-3).sqrt()
+        for added, terms in zip(found, (products, grads.double()), strict=True):
+            assert added.dtype == x.dtype
+            assert ((added - terms.sum(1)).abs() <= 4 * TOLERANCE[x.dtype] * (terms.abs().sum(1) + 1)).all()
 
     drawn()
 
@@ -283,7 +308,8 @@ def test_norms_of_linear_layers_with_their_sum(monkeypatch):
     """From the second step on, `.grad` comes out of the tiles that are squared, and is plain training's to rounding."""
     torch.manual_seed(0)
     monkeypatch.setattr(outer, "ELSEWHERE", outer.COST)  # wherever it pays
-    kernels.NORMS.picked.clear()
+    for strategies in (kernels.NORMS, sums.OUTER):
+        monkeypatch.setattr(strategies, "picked", {})
     model, x = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)), torch.randn(8, 64, 256)
     px = perex.attach(model)
     for _ in range(3):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import perex
-from perex.kernels import blocks, convolution, outer, pixels
+from perex.kernels import blocks, convolution, outer, pixels, sums
 from perex.kernels.geometry import Geometry, weight_gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -203,10 +203,10 @@ def test_all_ways_to_multiply_out(nd):
     def drawn(case):
         x, grads, geometry = case
         expected = torch.stack([weight_gradient(x[b], grads[b], geometry) for b in range(len(x))])
-        for plan, run in convolution.MULTIPLIED:
+        for plan, run in convolution.MULTIPLIED.values():
             if plan(x.shape, grads.shape, geometry) is not None:
                 torch.testing.assert_close(torch.cat(list(run(*case))), expected, rtol=1e-10, atol=1e-12)
-        norms, total = convolution.summed(*case)
+        norms, total = sums.of_patches(*case)
         torch.testing.assert_close(norms, expected.flatten(1).square().sum(1), rtol=1e-10, atol=0)
         torch.testing.assert_close(total, expected.sum(0), rtol=1e-10, atol=1e-12)
 

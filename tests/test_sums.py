@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import perex
 from perex.factors import Factor, Outer, Patches
-from perex.kernels import large, outer
+from perex.kernels import large, outer, sums
 from perex.kernels.geometry import Geometry
 
 B, T, D = 4, 6, 3
@@ -344,9 +344,9 @@ def outer_of(batch: int, positions: int, m: int, n: int, device: str = "meta") -
 def test_where_it_pays(factor, pays, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(large, "onednn_is_faster", lambda: False)
-    outer.NORMS.picked.clear()
+    for strategies in (outer.NORMS, sums.OUTER):
+        monkeypatch.setattr(strategies, "picked", {})
     assert factor.sums_cheaply() == pays
-    outer.NORMS.picked.clear()
 
 
 def test_small_models_keep_their_bits(monkeypatch):
@@ -370,7 +370,7 @@ def test_norm_and_sum_in_blocks(block, monkeypatch):
 
     monkeypatch.setattr(blocks, "BLOCK", block)
     left, right = torch.randn(5, 7, 3, dtype=torch.float64), torch.randn(5, 7, 4, dtype=torch.float64)
-    norms, total = outer.summed(left, right)
+    norms, total = sums.direct(left, right)
     whole = left.mT @ right
     torch.testing.assert_close(norms, whole.flatten(1).square().sum(1))
     torch.testing.assert_close(total, whole.sum(0))

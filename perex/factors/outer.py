@@ -10,6 +10,7 @@ from torch import Tensor
 from perex.factors.base import Factor
 from perex.factors.terms import Terms
 from perex.kernels import outer as kernel
+from perex.kernels import sums
 from perex.kernels.large import SLACK, faster, multiplied
 from perex.kernels.plan import Plan
 from perex.kernels.readers import current
@@ -44,7 +45,7 @@ class Outer(Factor):
     def squared_norm(self) -> Tensor:
         """See `Factor.squared_norm`."""
         if self.summing:
-            norms, total = kernel.summed(self.left, self.right)
+            norms, total = sums.of_outer(self.left, self.right)
             self.total = total.reshape(self.shape)
             return norms
         return self.terms().total()
@@ -67,7 +68,7 @@ class Outer(Factor):
 
     def summed_plan(self) -> Plan:
         """See `Factor.summed_plan`."""
-        return kernel.summed_plan(self.left.unsqueeze(1).shape, self.right.unsqueeze(1).shape)
+        return sums.plan_of_outer(self.left.shape, self.right.shape)
 
     def dense_flops(self) -> int:
         """See `Factor.dense_flops`."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from perex.factors.base import Factor
 from perex.factors.terms import Terms
+from perex.kernels import sums
 from perex.kernels.blocks import example_blocks
-from perex.kernels.convolution import BACKEND, multiplied_out, plan, squares_of, summed, summed_plan
+from perex.kernels.convolution import BACKEND, multiplied_out, plan, squares_of
 from perex.kernels.geometry import Geometry, by_group, convolved, measures, patches, weight_gradient
 from perex.kernels.plan import Plan
 
@@ -50,7 +51,7 @@ class Patches(Factor):
     def squared_norm(self) -> Tensor:
         """See `Factor.squared_norm`."""
         if self.summing and self.x.numel() and self.grads.numel():
-            norms, self.total = summed(self.x, self.grads, self.geometry)
+            norms, self.total = sums.of_patches(self.x, self.grads, self.geometry)
             return norms
         return self.terms().total()
 
@@ -68,7 +69,7 @@ class Patches(Factor):
 
     def summed_plan(self) -> Plan:
         """See `Factor.summed_plan`."""
-        return summed_plan(self.x.shape, self.grads.shape, self.geometry)
+        return sums.plan_of_patches(self.x.shape, self.grads.shape, self.geometry)
 
     def dense_flops(self) -> int:
         """See `Factor.dense_flops`."""

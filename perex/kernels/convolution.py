@@ -55,9 +55,6 @@ LANES = 16
 CALL, GROUPED_CALL = 6_000_000, 8_000_000
 """What a backend call for one or for several examples costs beside its arithmetic, in multiply-adds."""
 
-MOST_SUMS = 2**22
-"""Entries of weights that threads may add up examples in, each in its own, all together."""
-
 GRAM_CALLS = 6_000_000
 """What the operators of a Gram matrix of positions cost beside their arithmetic, likewise."""
 
@@ -189,7 +186,8 @@ def unfolded(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     return torch.cat([outer.squared_norm(*both) for both in rows_and_patches(x, grads, geometry)])
 
 
-def _compiled(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
+def compiled_plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:
+    """What `compiled_direct` does with tensors of these shapes; None where there is no kernel."""
     return compiled_product.plan(x, grads, geometry) if plain() else None
 
 
@@ -197,7 +195,7 @@ def _compiled_gram(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan
     return compiled_pixels.plan(x, grads, geometry) if plain() else None
 
 
-@NORMS.way("compiled direct", _compiled)
+@NORMS.way("compiled direct", compiled_plan)
 def compiled_direct(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     """$G_b$ multiplied out and squared tile by tile, in registers; `unfolded` where autograd or vmap follow tensors."""
     if not runnable(x, grads):
@@ -249,17 +247,17 @@ def patches_multiplied(x: Tensor, grads: Tensor, geometry: Geometry) -> Iterator
 
 Multiplied = Callable[[Tensor, Tensor, Geometry], Iterator[Tensor]]
 
-MULTIPLIED: list[tuple[Callable[..., Plan | None], Multiplied]] = [
-    (_calls, one_by_one),
-    (_grouped, several_at_once),
-    (_patches_multiplied, patches_multiplied),
-]
+MULTIPLIED: dict[str, tuple[Callable[..., Plan | None], Multiplied]] = {
+    "call per example": (_calls, one_by_one),
+    "grouped calls": (_grouped, several_at_once),
+    "unfolded": (_patches_multiplied, patches_multiplied),
+}
 """Ways to $G_b$ itself, of some examples after the other, with their plans."""
 
 
 def cheapest(x: torch.Size, grads: torch.Size, geometry: Geometry) -> tuple[Plan, Multiplied]:
     """The way to $G_b$ that is taken with tensors of these shapes, and what it costs."""
-    plans = [(way(x, grads, geometry), run) for way, run in MULTIPLIED]
+    plans = [(way(x, grads, geometry), run) for way, run in MULTIPLIED.values()]
     return min(((plan, run) for plan, run in plans if plan is not None), key=lambda found: found[0].cost)
 
 
@@ -273,32 +271,6 @@ def multiplied_out(x: Tensor, grads: Tensor, geometry: Geometry) -> Tensor:
     if x.numel() == 0 or grads.numel() == 0:
         return grads.new_zeros(x.shape[0], *geometry.weight_shape)
     return torch.cat(list(in_blocks(x, grads, geometry)))
-
-
-def summed_plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
-    """What `summed` costs with tensors of these shapes."""
-    plan = _summed_plan(x, grads, geometry)
-    return plan._replace(way=f"{plan.way}, with the sum", moved=plan.moved + x[0] * geometry.weight_shape.numel())
-
-
-def _summed_plan(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan:
-    """What $G_b$ costs where each is squared and added up at once."""
-    (plan, _), own = cheapest(x, grads, geometry), _compiled(x, grads, geometry)
-    small = torch.get_num_threads() * geometry.weight_shape.numel() <= MOST_SUMS
-    return own if own is not None and small and own.cost <= plan.cost else plan
-
-
-def summed(x: Tensor, grads: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    r"""Squared norms `(B,)`, and the sum over examples $\sum_b G_b$, added up while each block is at hand."""
-    if _summed_plan(x.shape, grads.shape, geometry).way == "compiled direct" and runnable(x, grads):
-        squares, sum_of_all = compiled_product.squares_and_sum(x, grads, geometry, summing=True)
-        assert sum_of_all is not None
-        return squares.sum(1), sum_of_all
-    norms, total = [], grads.new_zeros(geometry.weight_shape)
-    for gradients in in_blocks(x, grads, geometry):
-        norms.append(whole_squares(gradients))
-        total += gradients[0] if len(gradients) == 1 else gradients.sum(0)
-    return torch.cat(norms), total
 
 
 def _product(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | None:

@@ -86,7 +86,8 @@ def one_position(left: Tensor, right: Tensor) -> Tensor:
     return (lengths(left, (2, 3)) * lengths(right, (2, 3))).square()
 
 
-def _direct(left: torch.Size, right: torch.Size) -> Plan | None:
+def direct_plan(left: torch.Size, right: torch.Size) -> Plan:
+    """What `direct` does with tensors of these shapes."""
     batch, groups, positions, m = left
     entries = groups * m * right[3]
     flops = 2 * batch * entries * (positions + 1)
@@ -98,7 +99,7 @@ def _direct(left: torch.Size, right: torch.Size) -> Plan | None:
     return Plan("direct", flops, held, batch * entries, slack, calls)
 
 
-@NORMS.way("direct", _direct, narrow=True)
+@NORMS.way("direct", direct_plan, narrow=True)
 def direct(left: Tensor, right: Tensor) -> Tensor:
     r"""$\|\sum_t l_t r_t^\top\|^2$, a few examples at a time, or a few rows of one: $2 T m n$ operations an example."""
     groups, _, m = left.shape[1:]
@@ -121,47 +122,6 @@ def compiled_direct(left: Tensor, right: Tensor) -> Tensor:
         return direct(left, right)
     squares, _ = compiled.squares_and_sum(left.flatten(0, 1), right.flatten(0, 1), summing=False)
     return squares.view(len(left), left.shape[1] * squares.shape[1])
-
-
-def summed_plan(left: torch.Size, right: torch.Size) -> Plan:
-    """What `summed` costs with tensors of these shapes."""
-    plan = _summed_plan(left, right)
-    return plan._replace(way=f"{plan.way}, with the sum")
-
-
-def _summed_plan(left: torch.Size, right: torch.Size) -> Plan:
-    """Likewise, by the name of the way to each gradient."""
-    plan, own = _direct(left, right), None
-    assert plan is not None
-    plan = plan._replace(moved=2 * plan.moved)
-    if plain():
-        own = compiled.plan(stacked(left), stacked(right), summing=True)
-    return plan if own is None or plan.cost < own.cost else own
-
-
-def summed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    r"""`direct`, and the sum over examples $\sum_b G_b$, added up while each piece is at hand.
-
-    Args:
-        left: `(B, T, m)`.
-        right: `(B, T, n)`.
-
-    Returns:
-        Tensors `(B,)` and `(m, n)`.
-    """
-    batch, m, n = left.shape[0], left.shape[2], right.shape[2]
-    if runnable(left, right) and _summed_plan(left[:, None].shape, right[:, None].shape).way == "compiled direct":
-        squares, sum_of_all = compiled.squares_and_sum(left, right, summing=True)
-        assert sum_of_all is not None
-        return squares.sum(1), sum_of_all
-    total, norms = left.new_zeros(m, n), left.new_zeros(batch)
-    step = max(1, block() // max(1, n))  # of rows
-    for i, j in example_blocks(batch, m * n):
-        for k in range(0, max(m, 1), step):
-            found = large.multiplied(left[i:j, :, k : k + step].mT, right[i:j])
-            norms[i:j] += whole_squares(found)
-            total[k : k + step] += found[0] if j - i == 1 else found.sum(0)
-    return norms, total
 
 
 def pairs(x: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:

@@ -55,16 +55,17 @@ class Strategy:
     Attributes:
         name: what reports call it, and what it is asked for by.
         plan: from the shapes of the arguments to what it costs; None where it does not apply.
-        run: from the arguments to `(B,)`, or to terms of it, `(B, P)`; the first of them is a floating-point tensor.
+        run: from the arguments to `(B,)`, or to terms of it, `(B, P)`, or to what else there are several ways to; the
+            first of them is a floating-point tensor.
         narrow: whether it takes half precision as it is, and adds up in float32; others get it in float32.
     """
 
     name: str
     plan: Callable[..., Plan | None]
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
     narrow: bool = False
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         """Run it."""
         if self.narrow or args[0].dtype not in HALVES:
             return self.run(*args)
@@ -100,14 +101,14 @@ class Strategies:
 
     def way(
         self, name: str, plan: Callable[..., Plan | None], on_gpu: bool = False, narrow: bool = False
-    ) -> Callable[[Callable[..., Tensor]], Any]:
+    ) -> Callable[[Callable[..., Any]], Any]:
         """Register a function under a name.
 
         Raises:
             ValueError: the name is taken.
         """
 
-        def register(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def register(run: Callable[..., Any]) -> Callable[..., Any]:
             if name in self.ways or name in self.on_gpu:
                 raise ValueError(f"{self.kind} has a strategy {name!r} already")
             (self.on_gpu if on_gpu else self.ways)[name] = Strategy(name, plan, run, narrow or on_gpu)
@@ -164,7 +165,7 @@ class Strategies:
                 return times
         return {name: plan.cost for name, plan in plans.items() if name in self.ways}
 
-    def run(self, shapes: tuple[Any, ...], *args: Any) -> Tensor:
+    def run(self, shapes: tuple[Any, ...], *args: Any) -> Any:
         """The number, by the way that is chosen for `shapes`, which `plan`s take.
 
         Ways for GPUs are not even looked at for tensors on a CPU, unless one is asked for by name.
