@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Literal
@@ -57,6 +58,7 @@ class Tracker(Readings):
         )
         self._session = Session(model, params, param_grads, batch_dim, self._backwards, audit)
         self._backwards.session = self._session
+        weakref.finalize(self, let_go, self._backwards).atexit = False
         tracked = {entry.name: entry.parameter for entry in self._session.parameters if entry.tracked}
         try:
             for quantity in quantities:
@@ -293,6 +295,12 @@ class Tracker(Readings):
         for name, total in gradients.weighted_sums(weights, treatment):
             grad = parameters[name].grad
             put(parameters[name], total, before[name], anew=grad is not None and gradients.shares_memory(name, grad))
+
+
+def let_go(backwards: Running) -> None:
+    """A tracker is gone: what its last backward left leads to itself through the graph, where no collector sees it."""
+    if backwards.result is not None:
+        backwards.result.release()
 
 
 def all_finite(values: Iterable[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import perex
+from perex.factors import Outer
 from perex.kernels import affine, convolution, pooling, sums
 from perex.kernels import outer as kernels
 from perex.kernels.compiled import direct, gram, library, outer, pairs, planes, shape
@@ -497,3 +498,39 @@ def test_no_examples():
     found, total = direct.squares_and_sum(x, grads, geometry, True)
     assert found.shape[0] == 0 and not total.any()
     assert gram.inner_products(x, grads, geometry)[0].shape == (0,)
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(8, 8), (4, 8)),
+    "over positions": (lambda: nn.Linear(8, 8), (4, 6, 8)),
+    "layer norm": (lambda: nn.LayerNorm(8), (4, 6, 8)),
+    "RMS norm": (lambda: nn.RMSNorm(8), (4, 6, 8)),
+    "convolution": (lambda: nn.Conv2d(2, 8, 3), (4, 2, 8, 8)),
+    "batch norm": (lambda: nn.BatchNorm2d(2).eval(), (4, 2, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("param_grads", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_without_memory(name, param_grads):
+    """The backward of `sgn` gives tensors of zeros that have no memory, for anybody to read at address 0."""
+    make, shape = LAYERS[name]
+    model, x = make(), torch.randn(shape)
+    for way in [None, *(way for way in ("compiled direct", "compiled Gram", "compiled pixel Gram") if BUILT)]:
+        with perex.attach(model, param_grads=param_grads, strategies=[way] if way else []) as px:
+            for _ in range(2):
+                px.backward(model(x).sgn().flatten(1).sum(1))
+        assert torch.equal(px.norms(), torch.zeros(4))
+
+
+@needs_kernels
+def test_numbers_whose_sign_is_a_flag():
+    """As in `x.conj().imag`: what lies in memory is -x."""
+    torch.manual_seed(0)
+    x, grads = torch.randn(4, 6, 8), torch.randn(4, 6, 8)
+    flagged = torch._neg_view(x)
+    assert not library.runnable(flagged)
+    factor = Outer(grads, flagged, torch.Size((8, 8)))
+    torch.testing.assert_close(factor.squared_norm(), Outer(grads, -x, torch.Size((8, 8))).squared_norm())
+    torch.testing.assert_close(sums.of_outer(grads, flagged)[1], sums.of_outer(grads, -x)[1])
+    assert affine.row_sums(flagged, grads, 1e-5, True) is None

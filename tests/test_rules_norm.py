@@ -178,3 +178,34 @@ def test_batch_norm_of_no_examples(options):
         for _ in range(3):
             px.backward(model(torch.randn(0, 4, 2, 2)).square().sum(1))
             assert px.norms().shape == (0,)
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("shape", [(32, 56, 56), (768,)])
+def test_long_rows_far_from_zero_lose_no_digits(layer, shape):
+    """In float32: sums over whole rows, and differences from a mean that is large beside them."""
+    torch.manual_seed(0)
+    x = torch.stack([torch.randn(shape).relu(), 1000.1 + torch.randn(shape), torch.full(shape, 3.7)])[:, None]
+    model = layer(shape, eps=1e-5)
+
+    def losses(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return model(x).sin().flatten(1).sum(1)
+
+    with perex.attach(model, param_grads=False) as px:
+        px.backward(losses(model, x))
+    found, model, x = px.norms(by="parameter")["weight"].double(), model.double(), x.double()
+    for b in range(len(x)):
+        (grad,) = torch.autograd.grad(losses(model, x[b : b + 1]).sum(), [model.weight])
+        assert abs(found[b] - grad.norm()) <= 1e-5 * grad.norm() + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rms_norm_of_halves_has_the_eps_that_torch_takes(dtype):
+    """Of numbers so small that it decides."""
+    torch.manual_seed(0)
+    model, x = nn.RMSNorm(16).to(dtype), (0.02 * torch.randn(3, 5, 16)).to(dtype)
+    with perex.attach(model) as px:
+        px.backward(model(x).float().square().sum((1, 2)))
+    for b in range(len(x)):
+        (grad,) = torch.autograd.grad(model(x[b : b + 1]).float().square().sum(), [model.weight])
+        assert abs(px.norms()[b] / grad.float().norm() - 1) < 0.02

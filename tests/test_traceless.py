@@ -313,6 +313,22 @@ def test_nothing_is_kept_alive(param_grads):
     assert gone() is None
 
 
+@every_way
+@pytest.mark.parametrize("memory", ["auto", "low", "high"])
+def test_what_a_dropped_tracker_has_kept_goes_with_it(memory, param_grads):
+    """A graph that leads back to the tracker's results is nothing that the collector sees."""
+    model, counts = net(), []
+    for _ in range(4):
+        with perex.attach(model, param_grads=param_grads, memory=memory) as px:
+            px.backward(loss(model(x)))
+            px.norms()
+        model.zero_grad()
+        del px
+        gc.collect()
+        counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
+    assert counts[-1] == counts[1]
+
+
 def test_dropping_the_handle_without_detaching():
     """Forgotten, not detached: the model can still be used, and pickled."""
     model, untouched = net(), net()

@@ -65,7 +65,8 @@ for strategies in ([], ["Triton direct", "Triton Gram", "Triton segments"]):
 assert not found()
 print([row.way for row in px.report().rows])
 """
-    assert fresh("-c", code).strip() == "['segments', 'direct']"
+    ways = fresh("-c", code).strip()
+    assert ways.startswith("['segments', ") and "Triton" not in ways
 
 
 def test_perex_runs_where_triton_is_not_installed():

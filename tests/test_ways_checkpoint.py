@@ -81,6 +81,8 @@ FORMS = {
     "tuples": lambda m, x: sum(again(lambda a, b: (m.blocks[0](a), m.blocks[1](b), None), x, x.sin())[:2]),
     "without determinism check": lambda m, x: every_block(m, x, determinism_check="none"),
     "twice the same": lambda m, x: again(m.blocks[0], again(m.blocks[0], x)),
+    "an input by closure": lambda m, x: again(lambda h: h + m.blocks[0](x), x.sin()),
+    "what was made of it by closure": lambda m, x: (lambda y: again(lambda h: h + m.blocks[0](y), x))(x.cos()),
     "one of many used": lambda m, x: again(lambda x: (m.blocks[0](x), m.blocks[1](x)), x)[0] + m.blocks[2](x),
 }
 

@@ -340,11 +340,11 @@ def test_interpreted_ways_are_taken_by_name_only():
     left, right = torch.randn(LEFT), torch.randn(RIGHT)
     for asked, way in (((), "Gram"), (("Triton Gram",), "Triton Gram"), (("Triton direct", "Gram"), "Triton direct")):
         with preferring(Preferences(asked, autotune=not asked)), at(HERE):
-            assert outer.plan(LEFT, RIGHT).way == way
+            assert outer.plan(LEFT, RIGHT).way in (way, f"compiled {way}")
             close(outer.squared_norm(left, right), multiplied_out(left, right))
             assert outer.plan(LEFT, RIGHT).way.startswith("Triton") == bool(asked)
     with preferring(Preferences(("Triton direct",))), at(Spot(DEVICE, torch.float64)):
-        assert outer.plan(LEFT, RIGHT).way == "Gram"
+        assert outer.plan(LEFT, RIGHT).way in ("Gram", "compiled Gram")
         assert outer.squared_norm(left.double(), right.double()).dtype == torch.float64
 
 

@@ -129,6 +129,7 @@ class Forward:
         half: whether a tap is behind an operator in half precision of five bits of exponent, `torch.float16`.
         sparing: whether something spares memory by not holding what is saved for the backward.
         derived: then, what derives from parameters alone, which may be an argument of a checkpoint.
+        batched: then, what is of examples, which a checkpoint may read without having it for an argument.
         once: whether its graph can be run backward once only.
         changed: whether such a hook has changed a gradient.
         functions: nodes of the user's autograd functions that operators have met, while examples are recorded.
@@ -153,6 +154,7 @@ class Forward:
         self.half = False
         self.sparing = False
         self.derived: list[tuple[weakref.ref[Tensor], Shared]] = []
+        self.batched: list[weakref.ref[Tensor]] = []
         self.once = False
         self.changed = False
         self.functions: list[Any] = []

@@ -173,6 +173,10 @@ class Labels:
         self.marked.clear()
         self.spoiled.clear()
 
+    def batched(self) -> list[weakref.ref[Tensor]]:
+        """What is of examples."""
+        return [ref for ref in self.marked if (tensor := ref()) is not None and self.held(tensor) is not None]
+
     def shared(self) -> list[tuple[weakref.ref[Tensor], Shared]]:
         """What derives from parameters alone, and its labels."""
         alive = ((ref, ref()) for ref in self.marked)

@@ -276,6 +276,8 @@ class Session:
         self.capture, self.running, self.frames, self.caller = capture, True, [], None
         self.thread = threading.get_ident()
         derived = {id(tensor): label for ref, label in forward.derived if (tensor := ref()) is not None}
+        for tensor in [tensor for ref in forward.batched if (tensor := ref()) is not None]:
+            capture.labels.mark(tensor, Single(0))
         for tensor in tensors_of(args):
             known = isinstance(tensor, nn.Parameter) or id(tensor) in self.parameters.entries
             if id(tensor) in derived:
@@ -306,6 +308,7 @@ class Session:
             self.capture.spread.made.clear()
             if forward.sparing and not forward.recomputed:
                 forward.derived = self.capture.labels.shared()
+                forward.batched = self.capture.labels.batched()
             self.capture.labels.clean()
             if self.capture.forward.recomputed:
                 self.capture = None

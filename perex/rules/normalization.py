@@ -2,6 +2,7 @@ r"""Norm layers and slopes: $y = w \hat{x} + b$, so the gradients are $\sum g \h
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from perex.factors import Dense, Factor
 from perex.kernels.affine import plane_sums, row_sums
+from perex.kernels.products import HALVES
 from perex.rules.call import Captured
 from perex.rules.linear import summed
 from perex.rules.registry import operator_rule
@@ -83,13 +85,28 @@ def layer_norm(captured: Captured) -> dict[str, Factor]:
     saves={"weight": "input"},
 )
 def rms_norm(captured: Captured) -> dict[str, Factor]:
-    """Layer norm without centring and bias; the default `eps` is that of the input's own type."""
-    shape, given = captured.value("normalized_shape"), captured.option("eps", None)
-    index = captured.call.template("input").number
-    own = torch.finfo(captured.tensors[index].dtype).eps if given is None else given
+    """Layer norm without centring and bias."""
+    shape, own = captured.value("normalized_shape"), captured.option("eps", None)
+    if own is None:
+        x = captured.tensors[captured.call.template("input").number]
+        own = default_eps(x.dtype, x.device.type)
     return by_rows(captured, shape, own, centred=False) or affine(
         captured, lambda x, eps: F.rms_norm(x, shape, eps=own), trailing=True
     )
+
+
+@functools.cache
+def default_eps(dtype: torch.dtype, device: str) -> float:
+    """What `F.rms_norm` takes for `eps`: what the input's type resolves, or the one that it computes in.
+
+    That is float32 where halves are computed in it, as on CPUs since some version of torch. Of so small a number as the
+    one here, the one leaves a tenth.
+    """
+    own = torch.finfo(dtype).eps
+    if dtype not in HALVES:
+        return own
+    small = torch.full((1, 1), 0.01, dtype=dtype, device=device)
+    return own if float(F.rms_norm(small, (1,)).abs().max()) < 0.5 else torch.finfo(torch.float32).eps
 
 
 @operator_rule(

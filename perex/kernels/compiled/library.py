@@ -145,9 +145,17 @@ def seen(operator: Callable[..., Any], run: Callable[..., Any]) -> Callable[...,
 
 
 def runnable(*tensors: Tensor) -> bool:
-    """Whether kernels read these tensors: in a CPU's memory, all of one type, none of which autograd follows."""
+    """Whether kernels read these tensors: in a CPU's memory, all of one type, none of which autograd follows.
+
+    Not those whose sign is noted in place of being changed, nor zeros that have no memory.
+    """
     dtype = tensors[0].dtype
-    return dtype in NAMES and all(t.dtype == dtype and in_memory(t) and not t.requires_grad for t in tensors)
+    if dtype not in NAMES:
+        return False
+    for t in tensors:
+        if t.dtype != dtype or not in_memory(t) or t.requires_grad or t.is_neg() or t._is_zerotensor():
+            return False
+    return True
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p | None:

@@ -54,9 +54,7 @@ def pooled(images: Tensor, options: list[Any]) -> tuple[Tensor, Tensor] | None:
 
 def plain(images: Tensor) -> bool:
     """Whether images lie in memory as they are, and nobody wants to see the operators."""
-    if images.is_neg() or images._is_zerotensor() or torch._C._len_torch_dispatch_stack():
-        return False
-    return runnable(images)
+    return runnable(images) and not torch._C._len_torch_dispatch_stack()
 
 
 def count(size: int, kernel: int, step: int, padding: int, spread: int, rounding: bool) -> int:

@@ -3,24 +3,28 @@
  * m and v are of each row of x itself; without `centred`, as in RMS norms, m is 0.
  */
 
-/* The sum over a row of (x - mean)^power, of power 1 or 2. */
-INLINE double NAME(moment)(const REAL *x, size width, REAL mean, int power)
+/* The sum over a row of (x - first) - then, to the power of 1 or 2. */
+INLINE double NAME(moment)(const REAL *x, size width, REAL first, REAL then, int power)
 {
-    VECTOR sum[2] = {(VECTOR){}, (VECTOR){}};
-    double total;
+    double total = 0;
     size i = 0;
-    for (; i + 2 * LANES <= width; i += 2 * LANES)
+    while (i + 2 * LANES <= width) {
+        VECTOR sum[2] = {(VECTOR){}, (VECTOR){}};
+        for (size n = 0; n < RUN && i + 2 * LANES <= width; n++, i += 2 * LANES)
 #pragma GCC unroll 2
-        for (size v = 0; v < 2; v++) {
-            VECTOR from = *(const LOOSE *)(x + i + v * LANES) - mean;
-            if (power == 1)
-                sum[v] += from;
-            else
-                sum[v] += from * from;
-        }
-    total = NAME(added)(sum[0] + sum[1]);
-    for (; i < width; i++)
-        total += power == 1 ? x[i] - mean : (x[i] - mean) * (x[i] - mean);
+            for (size v = 0; v < 2; v++) {
+                VECTOR from = *(const LOOSE *)(x + i + v * LANES) - first - then;
+                if (power == 1)
+                    sum[v] += from;
+                else
+                    sum[v] += from * from;
+            }
+        total += NAME(added)(sum[0] + sum[1]);
+    }
+    for (; i < width; i++) {
+        REAL from = x[i] - first - then;
+        total += power == 1 ? from : from * from;
+    }
     return total;
 }
 
@@ -41,16 +45,18 @@ FUNCTION void NAME(rows)(const Outer *s, double eps, int centred, const REAL *x,
                 memset(of_weight, 0, 2 * width * sizeof(REAL));
                 for (size t = start; t < start + RUN && t < s->positions; t++) {
                     const REAL *from = x + b * s->left[0] + t * s->left[1], *own = g + b * s->right[0] + t * s->right[1];
-                    REAL mean = centred ? (REAL)(NAME(moment)(from, width, 0, 1) / width) : 0;
-                    REAL scale = (REAL)(1 / sqrt(NAME(moment)(from, width, mean, 2) / width + eps));
+                    REAL mean = centred ? (REAL)(NAME(moment)(from, width, 0, 0, 1) / width) : 0;
+                    REAL rest = centred ? (REAL)(NAME(moment)(from, width, mean, 0, 1) / width) : 0; /* lost in rounding */
+                    double variance = NAME(moment)(from, width, mean, rest, 2) / width;
+                    REAL scale = centred && !(variance < INFINITY) ? NAN : (REAL)(1 / sqrt(variance + eps));
                     size i = 0;
                     for (; i + LANES <= width; i += LANES) {
                         VECTOR grad = *(const LOOSE *)(own + i);
-                        *(LOOSE *)(of_weight + i) += grad * ((*(const LOOSE *)(from + i) - mean) * scale);
+                        *(LOOSE *)(of_weight + i) += grad * ((*(const LOOSE *)(from + i) - mean - rest) * scale);
                         *(LOOSE *)(of_bias + i) += grad;
                     }
                     for (; i < width; i++) {
-                        of_weight[i] += own[i] * ((from[i] - mean) * scale);
+                        of_weight[i] += own[i] * ((from[i] - mean - rest) * scale);
                         of_bias[i] += own[i];
                     }
                 }
