@@ -99,6 +99,15 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
+    head = 0
+    for number, line in enumerate(FENCE.sub(lambda code: "\n" * code[0].count("\n"), page.read_text()).splitlines(), 1):
+        cells = len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`|\$[^$]*\$", "", line))) if line.startswith("|") else 0
+        head = head or cells if cells else 0
+        assert cells == head, f"line {number}: {line[:60]}"
+
+
 def test_there_is_code_to_run() -> None:
     counts = {page.name: len(blocks(page.read_text(encoding="utf-8"))) for page in PAGES}
     assert counts["README.md"] >= 1 and counts["guide.md"] >= 8 and counts["rules.md"] >= 4
