@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Literal
@@ -58,7 +57,6 @@ class Tracker(Readings):
         )
         self._session = Session(model, params, param_grads, batch_dim, self._backwards, audit)
         self._backwards.session = self._session
-        weakref.finalize(self, let_go, self._backwards).atexit = False
         tracked = {entry.name: entry.parameter for entry in self._session.parameters if entry.tracked}
         try:
             for quantity in quantities:
@@ -73,6 +71,12 @@ class Tracker(Readings):
         names = [entry.name for entry in self._session.parameters if entry.tracked]
         state = "detached" if self._session.closed else f"attached; {len(names)} parameters tracked"
         return f"Tracker({state})"
+
+    def __del__(self) -> None:
+        """Let go of what the last backward left: it leads to itself through the graph, where no collector sees it."""
+        backwards = vars(self).get("_backwards")
+        if backwards is not None and backwards.result is not None:
+            backwards.result.release()
 
     def __enter__(self) -> Tracker:
         return self
@@ -295,12 +299,6 @@ class Tracker(Readings):
         for name, total in gradients.weighted_sums(weights, treatment):
             grad = parameters[name].grad
             put(parameters[name], total, before[name], anew=grad is not None and gradients.shares_memory(name, grad))
-
-
-def let_go(backwards: Running) -> None:
-    """A tracker is gone: what its last backward left leads to itself through the graph, where no collector sees it."""
-    if backwards.result is not None:
-        backwards.result.release()
 
 
 def all_finite(values: Iterable[Tensor]) -> Tensor:
