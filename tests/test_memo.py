@@ -132,6 +132,31 @@ def test_a_constant_that_becomes_a_parameter_and_options_that_change():
             torch.testing.assert_close(px.norms(), alone(copy.deepcopy(model), (x,), summed), rtol=1e-9, atol=0)
 
 
+def test_pieces_are_known_by_their_axes():
+    """Pieces along another dimension than examples; and, between, along that of examples: of a few each."""
+
+    def forward(m: Bare, x: Tensor) -> Tensor:
+        h = m.first(x)  # (B, B, 6)
+        cut = (lambda: h.split([2, 2, 2], 2), lambda: h.chunk(3, 2), lambda: h.unflatten(2, (2, 3)).unbind(3))
+        one, two, three = cut[m.how % 3]()
+        if m.how == 3:
+            rows = torch.cat([part.roll(1, 1) for part in h.split(2)])
+            one = rows[..., :2]
+        return m.second(torch.cat((one * two, three), 2).relu())
+
+    model = Bare(forward)
+    model.first, model.second = nn.Linear(3, 6), nn.Linear(4, 2)
+    model.double()
+    with perex.attach(model, audit=False) as px:
+        x = torch.randn(B, B, 3).double()
+        for how in (0, 1, 2, 3, 0, 3, 1, 2, 3, 0):
+            model.how = how
+            px.backward(summed(model(x)))
+            torch.testing.assert_close(px.norms(), alone(copy.deepcopy(model), (x,), summed), rtol=1e-9, atol=0)
+        known = {form[0].__name__: known for form, known in px._session.memo.known.items()}
+        assert len(known["chunk"].labels) == len(known["unbind"].labels) == 3
+
+
 def test_mixing_is_seen_in_later_forwards():
     model = Bare(lambda m, x: m.second(m.first(x) - (m.first(x).mean(0) if m.mixes else 0)))
     model.first, model.second, model.mixes = nn.Linear(3, 5), nn.Linear(5, 2), False

@@ -12,18 +12,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from perex.kernels.triton import affine, convolution, outer, rows
+from perex.kernels.triton import affine, convolution, outer, rows, turning
 from perex.kernels.triton.tiles import LARGEST, LARGEST_PLAIN
 
 READ = ("left", "right", "narrow", "wide", "grads", "x")
 WRITTEN = ("out", "size", "mean", "variance", "weight", "bias", "terms", "values")
 POINTERS = {"order": "*i64", "counts": "*i64", "table": "*i32", "wanted": "*u8", "doubts": "*u8"}
-UNIT = ("left_m", "right_n", "grads_d", "narrow_c", "x_p", "grads_p", "x_d")
+UNIT = ("left_m", "right_n", "grads_d", "narrow_c", "x_p", "grads_p", "x_d", "x_k")
 
 
 PRODUCTS = (outer.direct_kernel, outer.gram_kernel, convolution.direct_kernel)
 OTHERS = (
     outer.settling_kernel, convolution.shifted_kernel, rows.segments_kernel, affine.planes_kernel, affine.rows_kernel,
+    turning.turning_kernel,
 )  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def main(capability: int) -> None:
         ("fp32", "tf32", LARGEST, 32),
     ):
         constants = {"ROWS": side, "COLUMNS": side, "TILE": side, "STEP": step, "PRECISION": precision, "WIDEN": False}
-        constants |= {"ALL": False, "AT_ONCE": rows.AT_ONCE, "PLANES": 8, "CENTRED": True}
+        constants |= {"ALL": False, "SIDE": turning.TILE, "AT_ONCE": rows.AT_ONCE, "PLANES": 8, "CENTRED": True}
         for kernel in (*PRODUCTS, *OTHERS):
             found = compiled(kernel, dtype, capability, **constants)
             name = precision if precision == "tf32" else dtype

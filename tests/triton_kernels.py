@@ -24,7 +24,7 @@ from perex.kernels.triton import affine as fused_affine
 from perex.kernels.triton import convolution as fused_convolution
 from perex.kernels.triton import outer as fused
 from perex.kernels.triton import rows as fused_rows
-from perex.kernels.triton import tiles
+from perex.kernels.triton import tiles, turning
 from perex.kernels.triton.available import interpreted, precision, usable
 
 assert interpreted() or torch.cuda.is_available(), "run tests/test_triton.py"
@@ -78,6 +78,27 @@ def test_outer(size, dtype, form):
     batch, groups, positions, m, n = SIZES[size]
     left, right = (torch.randn(batch, groups, positions, k).to(dtype) for k in (m, n))
     close(form(left, right), multiplied_out(left, right))
+
+
+@pytest.mark.parametrize("kind", [*SIZES, "transposed", "expanded", "sliced", "unsqueezed"])
+def test_outer_of_copies_with_positions_innermost(kind, monkeypatch):
+    """What TF32 is multiplied from; here the copies alone, multiplied exactly, and in pieces of a few examples."""
+    if kind in SIZES:
+        batch, groups, positions, m, n = SIZES[kind]
+        left, right = (torch.randn(batch, groups, positions, k) for k in (m, n))
+    else:
+        left, right = strided()[kind]
+    for x in (left, right):
+        found = turning.lengthwise(x)
+        assert found.stride(2) == 1 and found.shape[2] % turning.ALIGNED == 0
+        assert torch.equal(found[:, :, : x.shape[2]], x) and not found[:, :, x.shape[2] :].any()
+    expected = fused.direct(left, right)
+    monkeypatch.setattr(fused, "turning", lambda *stacks: any(x.stride(2) != 1 for x in stacks))
+    for most in (2**26, 1):
+        monkeypatch.setattr(tiles, "MOST", most)
+        found = fused.direct(left, right)
+        close(found, multiplied_out(left, right))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,7 +16,7 @@ from perex.capture.checkpoint import run_recomputation_in, sparing
 from perex.capture.forward import Forward, Tapped
 from perex.capture.functions import Applied, called, holders, with_own
 from perex.capture.labels import Labels
-from perex.capture.memo import Known, Place
+from perex.capture.memo import Known, Place, results_in
 from perex.capture.parameters import Source
 from perex.capture.refusals import Refusals
 from perex.capture.substitutes import ours, run
@@ -140,7 +140,8 @@ class Meeting:
             kwargs = {key: given.get(key, value) for key, value in kwargs.items()}
         out = run(func, args, kwargs, self.forward, self.labels.parameters if places else None)
         if call is None:
-            self.labels.mark(out, known.label)
+            for result, label in zip(results_in(out), known.labels, strict=True):
+                self.labels.mark(result, label)
             return out
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         saved = [tensors[i].detach() if i in entries else tensors[i] for i in call.kept]

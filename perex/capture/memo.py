@@ -6,8 +6,9 @@ from shapes and options, never from values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ ALIKE = frozenset(
         scaled_dot_product_attention softmax log_softmax relu gelu silu elu selu leaky_relu hardswish hardsigmoid
         sigmoid tanh softplus mish add sub mul div neg exp log sqrt rsqrt square abs pow clamp max_pool1d max_pool2d
         avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d dropout flatten unflatten view reshape transpose
-        permute unsqueeze squeeze contiguous mean sum
+        permute unsqueeze squeeze contiguous mean sum unbind chunk split split_with_sizes
         """.split(),
         in_place=False,
     )
@@ -61,13 +62,13 @@ class Known:
     """What is known of calls of one form.
 
     Attributes:
-        label: where the examples are in the result.
+        labels: where the examples are in each result.
         call: what is recorded of a call in which parameters meet examples.
         numbers: these parameters' places among its tensors, by the rule's names for them.
         calls: the same for each module and parameters that came by.
     """
 
-    label: Axis
+    labels: tuple[Axis, ...]
     call: Call | None = None
     numbers: dict[str, int] = field(default_factory=dict)
     calls: dict[tuple[Any, ...], Call] = field(default_factory=dict)
@@ -122,8 +123,8 @@ class Memo:
                 number += 1
             elif type(value) in LITERALS:
                 form += type(value), value
-            elif type(value) in (tuple, torch.Size) and {int}.issuperset(map(type, value)):
-                form.append(value)
+            elif type(value) in (tuple, list, torch.Size) and {int}.issuperset(map(type, value)):
+                form.append(tuple(value))
             else:
                 return None, places
             if type(key) is str:
@@ -132,13 +133,18 @@ class Memo:
 
     def learn(self, form: Any, out: Any, args: Any, labels: Labels, call: Call | None) -> None:
         """Remember what was found of a call."""
-        if not isinstance(out, Tensor) or not out.is_floating_point() or any(out is arg for arg in args):
+        results = results_in(out)
+        if len(self.known) >= MOST or not all(
+            isinstance(each, Tensor) and each.is_floating_point() for each in results
+        ):
             return
-        label = labels.of(out)
-        if type(label) is not Axis or label.owners is not None or len(self.known) >= MOST:
+        found = tuple([label for label in map(labels.of, results) if whole(label)])
+        if len(found) < len(results) or any(each is arg for each in results for arg in args):
             return
         if call is None:
-            self.known[form] = Known(label)
+            self.known[form] = Known(found)
+            return
+        if out is not results[0]:
             return
         templates = {name: call.template(name) for name in call.slots if isinstance(name, str) and call.rule.arguments}
         if len(templates) != len(call.slots) or call.examples is not None:
@@ -146,4 +152,14 @@ class Memo:
         if any(not isinstance(source, Entry) for source in call.slots.values()):
             return
         numbers = {name: template.number for name, template in templates.items()}
-        self.known[form] = Known(label, replace(call, slots={}, outlines={}, site=None), numbers)
+        self.known[form] = Known(found, replace(call, slots={}, outlines={}, site=None), numbers)
+
+
+def results_in(out: Any) -> Sequence[Any]:
+    """What an operator returned, one by one."""
+    return out if type(out) in (tuple, list) else (out,)
+
+
+def whole(label: Any) -> TypeGuard[Axis]:
+    """Whether a label says that examples lie in order, whatever the numbers are."""
+    return type(label) is Axis and label.owners is None

@@ -185,8 +185,12 @@ def alike(made: Tensor, tensor: Tensor) -> bool:
     Versions tell most of that, but not what was done to `tensor.data`, a list among the arguments or an array.
     """
     one, other = made.detach(), tensor.detach()
-    if one.shape != other.shape or one.dtype != other.dtype or not one.is_floating_point():
-        return one.shape == other.shape and bool(torch.equal(one, other))
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.is_set_to(other):  # one memory: nothing to compare, and no device to wait for
+        return True
+    if not one.is_floating_point():
+        return bool(torch.equal(one, other))
     largest = other.abs().amax() if other.numel() else 0.0
     near = (one - other).abs() <= torch.finfo(one.dtype).eps ** 0.5 * largest
     return bool((near | (one == other) | one.isnan() & other.isnan()).all())

@@ -34,7 +34,7 @@ from perex.kernels.plan import Plan
 from perex.kernels.spot import current, plain
 from perex.kernels.strategies import Strategies
 from perex.kernels.triton.available import usable
-from perex.kernels.triton.tiles import channels_tile, covered, direct_tile, steps, tiles
+from perex.kernels.triton.tiles import channels_tile, direct_tile, tiles, work
 
 NORMS = Strategies("convolutions")
 """Ways to $\\|G_b\\|^2$, for `x` of shape `(B, R, C_in, *spatial)` and `grads` `(B, R, C_out, *spatial')`, R images an
@@ -280,10 +280,10 @@ def _product(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan | Non
     positions, rows, columns = measures(x, grads, geometry)
     _, _, flops = _multiplied_out(x, grads, geometry)
     m, n, several = max(rows, columns), min(rows, columns), x[0] * geometry.groups
-    tile = direct_tile(m, n, spot.dtype, True)
+    tile = direct_tile(m, n, spot.dtype, several, True)
     parts = several * tiles(m, tile.rows) * tiles(n, tile.columns)
-    products = several * steps(positions, tile) * covered(m, tile.rows) * covered(n, tile.columns)
-    return Plan("Triton product", flops, parts, parts, seconds=seconds(spot.dtype, products, parts, 2, LENGTHWISE))
+    time = seconds(spot.dtype, work(parts, positions, tile), parts, 2, LENGTHWISE)
+    return Plan("Triton product", flops, parts, parts, seconds=time)
 
 
 @NORMS.way("Triton product", _product, on_gpu=True)
@@ -323,8 +323,7 @@ def _triton_direct(x: torch.Size, grads: torch.Size, geometry: Geometry) -> Plan
     channels, places = geometry.weight_shape[1], math.prod(geometry.weight_shape[2:])
     tile, several = channels_tile(rows, channels, spot.dtype), x[0] * geometry.groups * places
     parts = several * tiles(rows, tile.rows) * tiles(channels, tile.columns)
-    products = several * steps(positions, tile) * covered(rows, tile.rows) * covered(channels, tile.columns)
-    time = seconds(spot.dtype, products, x.numel() + grads.numel(), 4, GATHERED)
+    time = seconds(spot.dtype, work(parts, positions, tile), x.numel() + grads.numel(), 4, GATHERED)
     return Plan("Triton direct", flops, parts, parts, seconds=time)
 
 

@@ -20,8 +20,9 @@ from perex.kernels.plan import Plan
 from perex.kernels.products import HALVES
 from perex.kernels.spot import current, plain
 from perex.kernels.strategies import Strategies
-from perex.kernels.triton.available import usable
-from perex.kernels.triton.tiles import covered, direct_tile, gram_tile, steps, tiles
+from perex.kernels.triton.available import tensor_cores, usable
+from perex.kernels.triton.tiles import copied_at_once, direct_tile, gram_tile, tiles, work, worth_aligning
+from perex.kernels.triton.tiles import pairs as pairs_of_tiles
 
 NORMS = Strategies("outer products")
 """Ways to $\\|G_b\\|^2$, for `left` of shape `(B, G, T, m)` and `right` `(B, G, T, n)`, with G independent groups."""
@@ -38,10 +39,14 @@ SLACK = 1.25
 """What a multiply-add of the Gram matrix's products costs, which are small."""
 
 
-DIRECT = {"half": 0.82, "TF32": 0.14, "float32": 0.4}
+DIRECT = {"half": 0.82, "TF32": 0.75, "float32": 0.4}
 GRAM = {"half": 0.55, "TF32": 0.4, "float32": 0.4}
 BACKEND = {"half": 0.85, "TF32": 0.47, "float32": 0.85}
 """What part of a large product's speed Triton's kernels reach on a GPU, and the backend's batched products."""
+
+
+UNALIGNED = 3
+"""By how much the backend's products are slower where rows begin at odd places."""
 
 
 def squared_norm(left: Tensor, right: Tensor) -> Tensor:
@@ -222,12 +227,20 @@ def _triton_direct(left: torch.Size, right: torch.Size) -> Plan | None:
     (batch, groups, positions, m), n, spot = left, right[3], current()
     if spot is None or not usable(spot) or positions == 1:
         return None
-    m, n = max(m, n), min(m, n)
-    tile = direct_tile(m, n, spot.dtype)
-    parts = batch * groups * tiles(m, tile.rows) * tiles(n, tile.columns)
-    products = batch * groups * steps(positions, tile) * covered(m, tile.rows) * covered(n, tile.columns)
-    flops, time = 2 * batch * groups * m * n * (positions + 1), seconds(spot.dtype, products, parts, 2, DIRECT)
-    return Plan("Triton direct", flops, parts, parts, seconds=time)
+    m, n, several = max(m, n), min(m, n), batch * groups
+    tile = direct_tile(m, n, spot.dtype, several)
+    parts = several * tiles(m, tile.rows) * tiles(n, tile.columns)
+    turned = spot.dtype == torch.float32 and tensor_cores(spot.dtype)  # see perex.kernels.triton.turning
+    copied = groups * positions * (m + n) if turned else aligning(left, right) // max(1, batch)  # of an example
+    held = parts + min(batch, copied_at_once(copied) if turned else batch) * copied
+    flops, moved = 2 * several * m * n * (positions + 1), parts + 2 * batch * copied
+    time = seconds(spot.dtype, work(parts, positions, tile), moved, 4 if turned else 2, DIRECT)
+    return Plan("Triton direct", flops, held, moved, seconds=time)
+
+
+def aligning(*shapes: torch.Size) -> int:
+    """Elements of the stacks that Triton's kernels would rather read from a copy with aligned rows."""
+    return sum(shape.numel() for shape in shapes if worth_aligning(shape))
 
 
 @NORMS.way("Triton direct", _triton_direct, on_gpu=True)
@@ -242,12 +255,13 @@ def _triton_gram(left: torch.Size, right: torch.Size) -> Plan | None:
     (batch, groups, positions), width, spot = left[:3], left[3] + right[3], current()
     if spot is None or not usable(spot) or positions == 1:
         return None
-    tile = gram_tile(positions, spot.dtype).rows
-    count = tiles(positions, tile)
-    pairs = batch * groups * count * (count + 1) // 2
-    products = pairs * tile**2 * width
-    flops, time = 2 * pairs * min(tile, positions) ** 2 * (width + 1), seconds(spot.dtype, products, pairs, 5, GRAM)
-    return Plan("Triton Gram", flops, 2 * pairs, 2 * pairs, seconds=time)
+    tile = gram_tile(positions, spot.dtype, batch * groups)
+    pairs = batch * groups * pairs_of_tiles(positions, tile.rows)
+    flops = 2 * pairs * min(tile.rows, positions) ** 2 * (width + 1)
+    copied = aligning(left, right)
+    held, moved = 2 * pairs + copied, 2 * pairs + 2 * copied
+    time = seconds(spot.dtype, work(pairs, width, tile), moved, 5, GRAM)
+    return Plan("Triton Gram", flops, held, moved, seconds=time)
 
 
 @NORMS.way("Triton Gram", _triton_gram, on_gpu=True)
@@ -263,7 +277,8 @@ def _whole_direct(left: torch.Size, right: torch.Size) -> Plan | None:
     if spot is None or not usable(spot) or positions == 1:
         return None
     entries, calls = batch * groups * m * n, -(-batch // block_size(batch, groups * m * n))
-    time = seconds(spot.dtype, entries * positions, 2 * entries, 4 * calls + 1, BACKEND)
+    products = entries * positions * (UNALIGNED if aligning(left, right) else 1)
+    time = seconds(spot.dtype, products, 2 * entries, 4 * calls + 1, BACKEND)
     return Plan("whole direct", 2 * entries * (positions + 1), block(), entries, seconds=time)
 
 

@@ -19,8 +19,8 @@ from perex.kernels.folding import fold, folded
 from perex.kernels.geometry import Geometry, patches
 from perex.kernels.products import product
 from perex.kernels.triton.available import precision, widened
-from perex.kernels.triton.outer import ALIGNED, pair_of, settled
-from perex.kernels.triton.tiles import Tile, channels_tile, tiles
+from perex.kernels.triton.outer import pair_of, settled
+from perex.kernels.triton.tiles import ALIGNED, Tile, channels_tile, tiles
 
 PAIRS = Tile(32, 32, 0, 4, 1)
 """How pairs of positions are cut."""

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from perex.kernels.cancellation import share_of
 from perex.kernels.triton.available import precision, resolution, widened
-from perex.kernels.triton.tiles import Tile, direct_tile, gram_tile, tiles
-
-ALIGNED, WORTH_COPYING = 16, 2**24
-"""Of how many elements rows have to begin at multiples, to be read many at a time; and how many a tensor has at least
-that is worth a copy for that."""
+from perex.kernels.triton.tiles import ALIGNED, Tile, copied_at_once, direct_tile, gram_tile, tiles, worth_aligning
+from perex.kernels.triton.tiles import pairs as pairs_of_tiles
+from perex.kernels.triton.turning import lengthwise, turning
 
 
 @triton.jit(do_not_specialize=["groups", "down", "across"])
@@ -218,12 +216,17 @@ def direct_terms(left: Tensor, right: Tensor, wanted: Tensor | None = None, tile
         Tensor `(B, P)` in float32, squares of one tile each.
     """
     left, right = (left, right) if left.shape[3] >= right.shape[3] else (right, left)  # as `left` is read once
-    left, right = aligned(left), aligned(right)
     batch, groups, positions, m = left.shape
     n = right.shape[3]
     if 0 in (*left.shape, n):
         return left.new_zeros(batch, 1, dtype=torch.float32)
-    tile = tile or direct_tile(m, n, left.dtype, left.stride(2) == 1)
+    if wanted is None and turning(left, right):
+        several = copied_at_once(groups * positions * (m + n))
+        pieces = zip(left.split(several), right.split(several), strict=True)
+        found = [direct_terms(lengthwise(ls), lengthwise(rs), tile=tile) for ls, rs in pieces]
+        return found[0] if len(found) == 1 else torch.cat([each.sum(1, keepdim=True) for each in found])
+    left, right = aligned(left), aligned(right)
+    tile = tile or direct_tile(m, n, left.dtype, batch * groups, left.stride(2) == 1)
     down, across = tiles(m, tile.rows), tiles(n, tile.columns)
     out = left.new_empty(batch, groups * down * across, dtype=torch.float32)
     with torch.cuda.device_of(left):
@@ -256,9 +259,9 @@ def gram_terms(left: Tensor, right: Tensor, tile: Tile | None = None) -> Tensor:
     n = right.shape[3]
     if 0 in (*left.shape, n):
         return left.new_zeros(batch, 1, dtype=torch.float32)
-    tile = tile or gram_tile(positions, left.dtype)
+    tile = tile or gram_tile(positions, left.dtype, batch * groups)
     count = tiles(positions, tile.rows)
-    pairs = count * (count + 1) // 2
+    pairs = pairs_of_tiles(positions, tile.rows)
     terms = left.new_empty(2, batch, groups * pairs, dtype=torch.float32)
     with torch.cuda.device_of(left):
         gram_kernel[(batch * groups * pairs,)](
@@ -275,7 +278,7 @@ def aligned(x: Tensor) -> Tensor:
     Such rows, as of gradients of 50257 logits, would be read number by number: much longer than a copy takes.
     """
     width, whole = x.shape[3], -(-x.shape[3] // ALIGNED) * ALIGNED
-    if width == whole or x.stride(3) != 1 or x.numel() < WORTH_COPYING:
+    if x.stride(3) != 1 or not worth_aligning(x.shape):
         return x
     copy = x.new_empty(*x.shape[:3], whole)
     copy[..., :width].copy_(x)
