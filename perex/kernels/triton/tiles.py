@@ -23,6 +23,9 @@ PROCESSORS = 132
 SHORTEST = 32
 """The side that tiles are not made smaller than, so that there are enough of them."""
 
+FASTEST = 64 * 64
+"""Elements of the tiles that are multiplied out fastest of all: with fewer, it is reading that takes the time."""
+
 
 ALIGNED, WORTH_COPYING = 16, 2**24
 """Of how many elements rows have to begin at multiples, to be read many at a time; and how many a tensor has at least
@@ -115,10 +118,11 @@ def pairs(size: int, side: int) -> int:
 def work(programs: int, size: int, tile: Tile) -> int:
     """As how many multiply-adds it takes that programs multiply a tile out over a dimension of this size each.
 
-    Whole steps count, what a program takes to begin and to end, and processors that have no program.
+    Whole steps count, what a program takes to begin and to end, and processors that have no program; a small tile takes
+    as long as a larger one.
     """
     steps = tiles(size, tile.step) * tile.step + BEGIN
-    return max(programs, PROCESSORS) * tile.rows * tile.columns * steps
+    return max(programs, PROCESSORS) * max(tile.rows * tile.columns, FASTEST) * steps
 
 
 def copied_at_once(elements: int) -> int:
