@@ -8,6 +8,7 @@ answer, and `refused` demands one. Every loss is per example, and its weights di
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,11 +46,15 @@ def without_kernels() -> Iterator[None]:
         yield
 
 
+DRAWS = float(os.environ.get("PEREX_DRAWS", "0.5"))
+"""What part of the drawn grids is drawn: half of them on a desk, all in CI (`.ci/run`)."""
+
+
 def grid(max_examples: int) -> settings:
     """Hypothesis settings of the drawn grids: the same draws in every run, no time limit per example."""
     slow = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     return settings(
-        max_examples=max_examples,
+        max_examples=max(1, round(DRAWS * max_examples)),
         deadline=None,
         derandomize=True,
         database=None,

@@ -23,8 +23,8 @@ from perex.running import Running
 @pytest.mark.parametrize("param_grads", [True, False])
 def test_a_second_run_where_they_take_more(param_grads, monkeypatch):
     """Also after a step that took less, and before one; what `.grad` held before is added to."""
-    model = nn.Sequential(nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 400)).double()
-    parts, runs, again = [torch.randn(count, 400).double() for count in (6, 900, 5)], [], Running.again
+    model = nn.Sequential(nn.Linear(96, 96), nn.Tanh(), nn.Linear(96, 96)).double()
+    parts, runs, again = [torch.randn(count, 96).double() for count in (3, 216, 2)], [], Running.again
     gradients = {name: torch.cat([each(model, x)[name] for x in parts]) for name, _ in model.named_parameters()}
     monkeypatch.setattr(Running, "again", lambda *args, **kwargs: (runs.append(1), again(*args, **kwargs)))
     with no_trace(model), perex.attach(model, param_grads=param_grads, memory="low") as px:
