@@ -157,6 +157,29 @@ def test_pieces_are_known_by_their_axes():
         assert len(known["chunk"].labels) == len(known["unbind"].labels) == 3
 
 
+def test_what_values_decide_is_asked_in_every_forward():
+    """Sequences of all examples in one, which a mask keeps apart: until it does not."""
+
+    def forward(m: Bare, x: Tensor) -> Tensor:
+        size, length, _ = x.shape
+        q, k, v = m.first(x.reshape(1, size * length, -1)).chunk(3, -1)
+        ids = torch.arange(size).repeat_interleave(length)
+        mask = torch.ones(size * length, size * length, dtype=torch.bool) if m.whole else ids[:, None] == ids
+        return m.second(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(x.shape))
+
+    model = Bare(forward)
+    model.first, model.second, model.whole = nn.Linear(6, 18), nn.Linear(6, 2), False
+    model.double()
+    with perex.attach(model, param_grads=False) as px:
+        for _ in range(3):
+            x = torch.randn(B, 4, 6).double()
+            px.backward(summed(model(x)))
+            torch.testing.assert_close(px.norms(), alone(copy.deepcopy(model), (x,), summed), rtol=1e-9, atol=0)
+        model.whole = True
+        with pytest.raises(perex.ExamplesMixError, match="attends across the batch"):
+            px.backward(summed(model(x)))
+
+
 def test_mixing_is_seen_in_later_forwards():
     model = Bare(lambda m, x: m.second(m.first(x) - (m.first(x).mean(0) if m.mixes else 0)))
     model.first, model.second, model.mixes = nn.Linear(3, 5), nn.Linear(5, 2), False

@@ -46,6 +46,7 @@ class Operation:
         batch: number of examples, B.
         func: the operator itself.
         sized: whether the size of the result depends on values of several examples.
+        valued: whether values, and not shapes and options alone, decide where the examples are.
         trial: whether this is a question of what would be; then an operator is not tried on values.
         doubt: a count over several examples that had a say in what the examples get, if one had.
     """
@@ -60,6 +61,7 @@ class Operation:
     func: Any = None
     doubt: Lost | None = None
     sized: bool = False
+    valued: bool = False
     trial: bool = False
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:

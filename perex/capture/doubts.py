@@ -27,15 +27,13 @@ class Doubts:
     Args:
         forward: the forward that is running.
         refuse: makes errors.
-        model: whose buffers are no surprise.
     """
 
     labels: Labels
 
-    def __init__(self, forward: Forward, refuse: Refusals, model: nn.Module) -> None:
+    def __init__(self, forward: Forward, refuse: Refusals) -> None:
         self.forward = forward
         self.refuse = refuse
-        self.model = model
         self.counted: Lost | None = None  # an integer over the batch that left torch: a length, or a denominator
         self.known: dict[int, weakref.ref[Tensor]] = {}  # constants of which perex saw how they were made
         self.buffers: set[int] | None = None
@@ -93,7 +91,8 @@ class Doubts:
         if ref is not None and ref() is tensor or isinstance(tensor, nn.Parameter):
             return False
         if self.buffers is None:
-            self.buffers = {id(buffer) for buffer in self.model.buffers()}
+            modules = self.labels.parameters.modules
+            self.buffers = {id(buffer) for module in modules for buffer in module._buffers.values()}
         return id(tensor) not in self.buffers and id(tensor) not in self.labels.parameters.entries
 
     def made(self, tensors: Iterable[Tensor]) -> None:

@@ -13,16 +13,8 @@ from torch import nn
 from perex.errors import AttachError
 
 
-class Hook:
-    """A hook of an attached model, known by its class."""
-
-    def __init__(self, run: Callable[..., Any], path: str) -> None:
-        self.run = run
-        self.path = path
-
-    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
-        """Run the hook with the module's path."""
-        return self.run(self.path, module, *arguments)
+class Hook(functools.partial[Any]):
+    """A hook of an attached model, known by its class: calls a function with the module's path before all else."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy has no hook: see `Reduce` and `Copy`."""

@@ -65,6 +65,7 @@ class Labels:
         self.number = number
         self.batch = batch
         self.doubtful = doubtful
+        self.valued = 0  # in how many operators values had a say in where the examples are
         self.marked: list[weakref.ref[Tensor]] = []
         self.derived: dict[Entry, Tensor] = {}  # what derived tensors were made of, over the whole forward
         self.rewritten = False  # whether one of them was changed in place
@@ -252,6 +253,7 @@ class Labels:
             found: Label | list[Label] = next(held, None)
         else:
             found = carry(operation, func)
+        self.valued += operation.valued
         if operation.doubt is not None:
             self.doubtful(operation.name, operation.doubt)
         if (operation.sized or operation.name in SIZED_BY_VALUE) and self.batch > 1:

@@ -6,7 +6,7 @@ from shapes and options, never from values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeGuard
 
@@ -17,6 +17,7 @@ from perex.capture.axis import Axis
 from perex.capture.carry import member
 from perex.capture.doubts import Doubts
 from perex.capture.labels import Labels
+from perex.capture.operators import in_place
 from perex.capture.parameters import Entry, Source
 from perex.rules.call import Call
 
@@ -31,13 +32,14 @@ ALIKE = frozenset(
         """.split(),
         in_place=False,
     )
-)
+) | frozenset(member("add sub mul div relu".split(), in_place=True))
 
 MOST = 4096
 """How many calls are remembered: inputs of ever new shapes would fill the memory."""
 
-LITERALS = (int, float, bool, str, type(None))
+LITERALS = frozenset({int, float, bool, str, type(None)})
 
+SIZES = frozenset({tuple, list, torch.Size})
 
 MOST_PLACES = 1024
 """How many places of one form are remembered."""
@@ -104,7 +106,7 @@ class Memo:
         form: list[Any] = [func, labels.batch]
         places: list[Place] = []
         entries, number = labels.parameters.entries, 0
-        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        given: Iterable[tuple[int | str, Any]] = (*enumerate(args), *kwargs.items()) if kwargs else enumerate(args)
         for key, value in given:
             if isinstance(value, Tensor):
                 mark = labels.of(value)
@@ -121,9 +123,9 @@ class Memo:
                     return None, places
                 form += value.shape, value.dtype, value.layout
                 number += 1
-            elif type(value) in LITERALS:
-                form += type(value), value
-            elif type(value) in (tuple, list, torch.Size) and {int}.issuperset(map(type, value)):
+            elif (kind := type(value)) in LITERALS:
+                form += kind, value
+            elif kind in SIZES and {int}.issuperset(map(type, value)):
                 form.append(tuple(value))
             else:
                 return None, places
@@ -139,12 +141,12 @@ class Memo:
         ):
             return
         found = tuple([label for label in map(labels.of, results) if whole(label)])
-        if len(found) < len(results) or any(each is arg for each in results for arg in args):
+        if len(found) < len(results) or in_place(form[0]) and form[2] != found[0]:  # a constant has become examples'
             return
         if call is None:
             self.known[form] = Known(found)
             return
-        if out is not results[0]:
+        if out is not results[0] or any(out is arg for arg in args):
             return
         templates = {name: call.template(name) for name in call.slots if isinstance(name, str) and call.rule.arguments}
         if len(templates) != len(call.slots) or call.examples is not None:

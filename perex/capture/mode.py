@@ -108,7 +108,7 @@ class Capture(TorchFunctionMode):
         self.parameters = parameters
         self.forward = forward
         self.refuse = Refusals(where)
-        self.doubts = Doubts(forward, self.refuse, parameters.model)
+        self.doubts = Doubts(forward, self.refuse)
         self.labels = self.doubts.labels = Labels(parameters, key, forward.number, forward.batch, self.doubts.add)
         self.writes = Writes(self)
         self.meeting = Meeting(forward, self.labels, self.refuse, partial(recomputing, forward))
@@ -172,9 +172,9 @@ class Capture(TorchFunctionMode):
         known = self.memo.known.get(form)
         if known is not None:
             return self.meeting.again(known, func, args, kwargs, places)
-        strength, self.meeting.latest = self.forward.strength, None
+        before, self.meeting.latest = (self.forward.strength, self.labels.valued), None
         out = self.look_at(func, args, kwargs)
-        if form is not None and self.forward.strength == strength:
+        if form is not None and (self.forward.strength, self.labels.valued) == before:
             self.memo.learn(form, out, args, self.labels, self.meeting.latest)
         return out
 

@@ -47,11 +47,10 @@ def run(
         parameters: the model's, if some are among the arguments.
     """
     out: Tensor | None = None
-    if ours(forward):
-        if parameters is not None:
-            out = to_rounding(func, args, kwargs, parameters)
-        elif func in ALIKE_TO_THE_BIT:
-            out = ALIKE_TO_THE_BIT[func](*args, **kwargs)
+    if parameters is not None:
+        out = to_rounding(func, args, kwargs, parameters) if ours(forward) else None
+    elif func in ALIKE_TO_THE_BIT and ours(forward):
+        out = ALIKE_TO_THE_BIT[func](*args, **kwargs)
     return func(*args, **kwargs) if out is None else out
 
 

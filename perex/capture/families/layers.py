@@ -181,6 +181,7 @@ def attention(op: Operation) -> Label:
 
 def in_blocks(op: Operation, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Label:
     """Sequences of several examples in one, where the mask keeps each among its own."""
+    op.valued = True
     found = op.axis(q), op.axis(k), op.axis(v)
     places = [axis is not None and axis.dim - t.dim() == -2 for t, axis in zip((q, k, v), found, strict=True)]
     if not all(places) or found[0] is None or found[1] is None or found[2] is None or op.axis(mask) is not None:

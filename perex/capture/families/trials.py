@@ -87,6 +87,7 @@ def tried(op: Operation) -> Label | list[Label] | None:
     Returns:
         Labels of the results; None where they are not the rows of the examples alone, or cannot be compared.
     """
+    op.valued = True
     tensors: list[Tensor] = []
     args, kwargs = pack((op.args, op.kwargs), tensors)
     name: str = getattr(op.func, "__name__", "")
