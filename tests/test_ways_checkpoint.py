@@ -202,3 +202,24 @@ def test_the_second_run_is_of_the_forward_only():
             model(x).sum(1).mean().backward()
             px.norms(), px.norms(by="parameter")
     assert len(runs) == 2
+
+
+TABLES = {
+    "added": lambda m, x: again(lambda t: t + m.table(torch.arange(4)), x),
+    "multiplied": lambda m, x: again(lambda t: t * m.table(torch.arange(4)), x),
+    "given to each": lambda m, x: again(lambda t: t + m.table(torch.arange(4).expand(len(t), 4)), x),
+    "returned": lambda m, x: x + again(lambda t: m.table(torch.arange(4)), x).view(1, 4, D),
+    "returned and projected": lambda m, x: x + m.blocks[0](again(lambda t: m.table(torch.arange(4)), x)),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_position_tables(name):
+    """What the backward needs of them, it can ask for once."""
+
+    def forward(m, x):
+        return m.blocks[1](TABLES[name](m, x))
+
+    model = Bare(forward)
+    model.blocks, model.table = nn.ModuleList([Block(), Block()]), nn.Embedding(5, D)
+    check(scramble(model), (torch.randn(B, 4, D, dtype=torch.float64),))

@@ -163,6 +163,8 @@ def looked_up(shared: Shared, factor: Factor, own: Callable[[Tensor], Tensor] | 
     """
     if len(shared.entries) != 1 or not isinstance(factor, Dense) or not shared.tensor.is_contiguous():
         return None
+    if shared.spared:  # the running backward is to ask for the ids itself
+        return None
     node: Any = shared.tensor.grad_fn
     (stand_in,) = shared.stand_ins
     while node is not None and node.name() in RESHAPES:

@@ -55,12 +55,14 @@ class Deriving:
         stand_ins = [self.labels.stand_in(tensor) for tensor in tensors]
         run_args, run_kwargs = unpack(template, stand_ins)
         out = called(func, run_args, run_kwargs, [*stand_ins, *holders(run_args)], self.forward, self.refuse)
-        if sparing():
+        spared = sparing()
+        if spared:
             self.spared()
         entries: dict[Entry, Tensor] = {}
         for tensor in tensors:
             source = self.labels.source(tensor)
             if isinstance(source, Shared):
+                spared = spared or source.spared
                 entries.update(zip(source.entries, source.stand_ins, strict=True))
             elif source is not None:
                 entries[source] = self.labels.parameters.read(source)
@@ -68,7 +70,8 @@ class Deriving:
         if args and (in_place(func) or func is Tensor.__setitem__):
             self.labels.rewritten = True
             if isinstance(args[0], Tensor) and isinstance(held := self.labels.of(args[0]), Shared):
-                self.labels.mark(args[0], Shared(held.tensor, tuple(entries), tuple(entries.values())))
+                made_of = tuple(entries), tuple(entries.values())
+                self.labels.mark(args[0], Shared(held.tensor, *made_of, spared=spared))
         same = {id(stand_in): tensor for stand_in, tensor in zip(stand_ins, tensors, strict=True)}
         origin = None if in_place(func) or func is Tensor.__setitem__ else origin_of(self.labels, func, args, kwargs)
         shown = self.labels.source(args[0]) if func in SPREADS and args else None
@@ -85,7 +88,8 @@ class Deriving:
             held: Tensor = Guard.apply(self.forward, names, self.labels.parameters.param_grads, tensor)
             made = None if origin is None else origin._replace(place=index, version=held._version)
             again = shown if isinstance(shown, Shared) else None
-            self.labels.mark(held, Shared(tensor, tuple(entries), tuple(entries.values()), origin=made, shown=again))
+            made_of = tuple(entries), tuple(entries.values())
+            self.labels.mark(held, Shared(tensor, *made_of, origin=made, shown=again, spared=spared))
             return held
 
         produced: list[Tensor] = []

@@ -14,17 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from perex.capture.carry import tensors_in
 from perex.capture.checks import run_eagerly
 from perex.capture.forward import Forward
 from perex.capture.refusals import Refusals
-
-UNDER: Any = _SingleLevelFunction
-"""What `torch.autograd.Function` derives from: its `apply` is what `Function.apply` calls, also where somebody holds on
-to that, as in `linear = Linear.apply`."""
+from perex.capture.taps import UNDER
 
 NOT_THE_USERS = ("perex.", "torch.")
 """Where functions are written that no user wrote."""

@@ -212,7 +212,8 @@ class Labels:
         if not isinstance(label, Shared):
             return None
         made_of = self.derived if self.rewritten else dict(zip(label.entries, label.stand_ins, strict=True))
-        return Shared(label.tensor, tuple(made_of), tuple(made_of.values()), label.tensor._version, shown=label.shown)
+        made = tuple(made_of), tuple(made_of.values())
+        return Shared(label.tensor, *made, label.tensor._version, shown=label.shown, spared=label.spared)
 
     def stand_in(self, value: Any) -> Any:
         """What an operator gets for an argument that may be a parameter, or derived from some."""

@@ -87,6 +87,8 @@ class Shared(NamedTuple):
         origin: how it was made, if it is rows of a parameter, see `perex.capture.spread`.
         shown: what it shows again and again, if an operator like `expand` made it of another derived tensor.
         memory: where the memory of what the user's code holds in its place begins.
+        spared: whether what its graph has saved is not simply held, but recomputed or moved elsewhere: a backward may
+            ask for it once.
     """
 
     tensor: Tensor
@@ -96,6 +98,7 @@ class Shared(NamedTuple):
     origin: Origin | None = None
     shown: Shared | None = None
     memory: int = 0
+    spared: bool = False
 
 
 Source = Entry | Shared

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from perex.capture.forward import Entry, Forward, Tapped
 
 
+UNDER: Any = _SingleLevelFunction
+"""What `torch.autograd.Function` derives from: its `apply` is what `Function.apply` calls, also where somebody holds on
+to that, as in `linear = Linear.apply`."""
+
+
 class Tap(torch.autograd.Function):
     """Behind an operator in which parameters meet examples: hands the output gradient to the tracker.
 
@@ -77,7 +82,7 @@ def put(*args: Any) -> Any:
     return _put(*args)
 
 
-_put: Any = super(_SingleLevelFunction, Tap).apply
+_put: Any = super(UNDER, Tap).apply
 
 
 def stands_for_several(grad: Tensor) -> bool:
