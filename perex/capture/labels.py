@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from perex.capture.axis import NOBODY, Axis, Held, Label, Lost, Single, agreed, placed
+from perex.capture.axis import NOBODY, Axis, Held, Label, Lost, Single, placed
 from perex.capture.carry import COUNTS, Operation, carry, known, tensors_in
 from perex.capture.parameters import Entry, Parameters, Shared, Source
 from perex.errors import UnsupportedError
@@ -288,76 +288,6 @@ class Labels:
         operation.trial = True
         found = carry(operation, func)
         return found if isinstance(found, list) else [found] * len(produced)
-
-    def written(self, target: Tensor, index: Any, value: Any) -> Label:
-        """The label of a tensor after `target[index] = value`, where index or value hold examples.
-
-        A tensor that held none has the axis with which reading `target[index]` would give what was written its own;
-        if there is none, the rows that were written are their writers' and the others nobody's.
-        """
-        own, before = self.batch_label(value) if isinstance(value, Tensor) else None, self.batch_label(target)
-        if self.batch == 1:
-            return Single(0)
-        if self.blank(target) and isinstance(before, Axis):
-            self.mark(target, None)  # for now: what is written decides
-            label = self.written(target, index, value)
-            self.mark(target, before)
-            return label
-        if isinstance(before, Lost) or isinstance(own, Lost):
-            return before if isinstance(before, Lost) else own
-        if isinstance(before, Single):
-            return before if own in (None, before) else Lost("mixed", "`__setitem__` pairs examples with each other")
-        piece = target[index]
-        want = own.moved(own.dim - value.dim() + piece.dim()) if isinstance(own, Axis) else own
-        for trial in self.trials(target, own) if before is None else [before]:
-            (found,) = self.with_trial(target, trial, Tensor.__getitem__, (target, index), {}, piece)
-            if isinstance(found, (Axis, Single)) and (want in (None, found) or self.match(found, want)):
-                return trial
-        if want is not None and all(self.batch_label(tensor) is None for tensor in tensors_in(index)):
-            for dim in range(target.dim()) if before is None else [before.dim]:
-                label = self.claimed(target, dim, index, want)
-                if label is not None:
-                    return label
-        kind = "unknown" if before is None and own is not None else "mixed"
-        return Lost(kind, "`__setitem__` writes rows of examples where perex cannot follow them")
-
-    def trials(self, target: Tensor, own: Label) -> Iterator[Axis]:
-        """The arrangements that a tensor may have before anything is known of it."""
-        for dim, size in enumerate(target.shape):
-            if size == self.batch:
-                yield Axis(dim)
-            if isinstance(own, Axis) and size == own.size(self.batch):
-                yield own.moved(dim)
-            if size % self.batch == 0 and size > self.batch:
-                yield Axis(dim, 1, size // self.batch)
-
-    def match(self, one: Label, other: Label) -> bool:
-        """Whether two labels of the same tensor agree, some rows being nobody's in one of them."""
-        return isinstance(one, Axis) and isinstance(other, Axis) and agreed((one, other), self.batch) is not None
-
-    def claimed(self, target: Tensor, dim: int, index: Any, want: Held) -> Label:
-        """The label of `target` along `dim` after its rows at `index` went to the owners of what was written."""
-        rows = torch.arange(target.size(dim), device="cpu").reshape(
-            [-1 if d == dim else 1 for d in range(target.dim())]
-        )
-        entries = index if isinstance(index, tuple) else (index,)
-        rows = rows.expand(target.shape)[tuple(e.cpu() if isinstance(e, Tensor) else e for e in entries)]
-        if isinstance(want, Single):
-            writers = torch.full(rows.shape, want.example, device="cpu")
-        else:
-            shape = [-1 if d == want.dim else 1 for d in range(rows.dim())]
-            writers = want.ids(self.batch).reshape(shape).expand(rows.shape)
-        before = self.batch_label(target)
-        owners = (
-            before.ids(self.batch).clone()
-            if isinstance(before, Axis)
-            else torch.full((target.size(dim),), NOBODY, device="cpu")
-        )
-        taken = owners[rows]
-        if bool(((taken != NOBODY) & (taken != writers)).any()):
-            return None
-        owners[rows] = writers
-        return placed(dim, owners, self.batch) if bool((owners[rows] == writers).all()) else None
 
 
 def memory(tensor: Tensor) -> int:

@@ -125,9 +125,13 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Run one operator, and follow what it does."""
         kwargs = kwargs or {}
-        if self.active and (out := by_holders(self, func, types, args, kwargs)) is not NotImplemented:
+        if not self.active:
+            return func(*args, **kwargs)
+        if types and (out := by_holders(self, func, types, args, kwargs)) is not NotImplemented:
             return out
-        if self.record is None or not self.active:
+        if func in PASSED_OVER:
+            return func(*args, **kwargs)
+        if self.record is None:
             return self.handle(func, args, kwargs)
         self.forward.functions += [t.grad_fn for t in tensors_in(*args, kwargs) if of_user(t.grad_fn)]
         if not draws(func, args, kwargs):
@@ -158,8 +162,6 @@ class Capture(TorchFunctionMode):
 
     def handle(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Follow one operator."""
-        if not self.active or func in PASSED_OVER:
-            return func(*args, **kwargs)
         if func in ALIKE and self.record is None and self.opaque is None and torch.is_grad_enabled():
             return self.alike(func, args, kwargs)
         return self.look_at(func, args, kwargs)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from perex.capture.axis import Label, Lost
+from perex.capture.axis import NOBODY, Axis, Held, Label, Lost, Single, agreed, placed
 from perex.capture.carry import COUNTS, FAMILIES, Operation, tensors_in
 from perex.capture.families.elementwise import aligned
 from perex.capture.labels import BATCHED, COUNTED, LOST, Mark
@@ -89,7 +90,7 @@ class Writes:
             if isinstance(label, Lost):
                 self.capture.doubts.add("__setitem__", label)
         if any(not isinstance(label, Lost) or label.kind not in COUNTS for label in found):
-            self.overwrite(target, before, self.labels.written(target, index, value))
+            self.overwrite(target, before, self.written(target, index, value))
         elif kinds & LOST or isinstance(before, Shared):
             lost = before if isinstance(before, Lost) else self.labels.of(value)
             unknown = Lost("unknown", "`__setitem__` writes what perex cannot follow")
@@ -101,7 +102,7 @@ class Writes:
             if before is not None:
                 self.capture.doubts.add("__setitem__", count)
         elif isinstance(value, Tensor) and self.labels.held(value) is not None:
-            self.overwrite(target, before, self.labels.written(target, index, value))
+            self.overwrite(target, before, self.written(target, index, value))
 
     def overwrite(self, target: Tensor, before: Mark, label: Label) -> None:
         """Label a tensor into which examples were written; an error if that mixes them and the loss depends on it."""
@@ -119,3 +120,74 @@ class Writes:
         before = target.clone()
         self.labels.mark(before, self.labels.of(target))
         target.copy_(self.capture.meet(masked_write, (before, mask, value), {}))
+
+    def written(self, target: Tensor, index: Any, value: Any) -> Label:
+        """The label of a tensor after `target[index] = value`, where index or value hold examples.
+
+        A tensor that held none has the axis with which reading `target[index]` would give what was written its own;
+        if there is none, the rows that were written are their writers' and the others nobody's.
+        """
+        before = self.labels.batch_label(target)
+        own = self.labels.batch_label(value) if isinstance(value, Tensor) else None
+        if self.labels.batch == 1:
+            return Single(0)
+        if self.labels.blank(target) and isinstance(before, Axis):
+            self.labels.mark(target, None)  # for now: what is written decides
+            label = self.written(target, index, value)
+            self.labels.mark(target, before)
+            return label
+        if isinstance(before, Lost) or isinstance(own, Lost):
+            return before if isinstance(before, Lost) else own
+        if isinstance(before, Single):
+            return before if own in (None, before) else Lost("mixed", "`__setitem__` pairs examples with each other")
+        piece = target[index]
+        want = own.moved(own.dim - value.dim() + piece.dim()) if isinstance(own, Axis) else own
+        for trial in self.trials(target, own) if before is None else [before]:
+            (found,) = self.labels.with_trial(target, trial, Tensor.__getitem__, (target, index), {}, piece)
+            if isinstance(found, (Axis, Single)) and (want in (None, found) or self.match(found, want)):
+                return trial
+        if want is not None and all(self.labels.batch_label(tensor) is None for tensor in tensors_in(index)):
+            for dim in range(target.dim()) if before is None else [before.dim]:
+                label = self.claimed(target, dim, index, want)
+                if label is not None:
+                    return label
+        kind = "unknown" if before is None and own is not None else "mixed"
+        return Lost(kind, "`__setitem__` writes rows of examples where perex cannot follow them")
+
+    def trials(self, target: Tensor, own: Label) -> Iterator[Axis]:
+        """The arrangements that a tensor may have before anything is known of it."""
+        for dim, size in enumerate(target.shape):
+            if size == self.labels.batch:
+                yield Axis(dim)
+            if isinstance(own, Axis) and size == own.size(self.labels.batch):
+                yield own.moved(dim)
+            if size % self.labels.batch == 0 and size > self.labels.batch:
+                yield Axis(dim, 1, size // self.labels.batch)
+
+    def match(self, one: Label, other: Label) -> bool:
+        """Whether two labels of the same tensor agree, some rows being nobody's in one of them."""
+        return isinstance(one, Axis) and isinstance(other, Axis) and agreed((one, other), self.labels.batch) is not None
+
+    def claimed(self, target: Tensor, dim: int, index: Any, want: Held) -> Label:
+        """The label of `target` along `dim` after its rows at `index` went to the owners of what was written."""
+        rows = torch.arange(target.size(dim), device="cpu").reshape(
+            [-1 if d == dim else 1 for d in range(target.dim())]
+        )
+        entries = index if isinstance(index, tuple) else (index,)
+        rows = rows.expand(target.shape)[tuple(e.cpu() if isinstance(e, Tensor) else e for e in entries)]
+        if isinstance(want, Single):
+            writers = torch.full(rows.shape, want.example, device="cpu")
+        else:
+            shape = [-1 if d == want.dim else 1 for d in range(rows.dim())]
+            writers = want.ids(self.labels.batch).reshape(shape).expand(rows.shape)
+        before = self.labels.batch_label(target)
+        owners = (
+            before.ids(self.labels.batch).clone()
+            if isinstance(before, Axis)
+            else torch.full((target.size(dim),), NOBODY, device="cpu")
+        )
+        taken = owners[rows]
+        if bool(((taken != NOBODY) & (taken != writers)).any()):
+            return None
+        owners[rows] = writers
+        return placed(dim, owners, self.labels.batch) if bool((owners[rows] == writers).all()) else None
