@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt $(wildcard perex/kernels/compiled/*.[ch
 	$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-test: $(READY)  ## run the tests (make test ARGS="-k linear" narrows them, WORKERS=8 spreads them)
+test: $(READY)  ## run the tests (make test ARGS="-k linear" narrows them, WORKERS=8 spreads them, PEREX_DRAWS=1: all)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(READY)  ## check style and formatting

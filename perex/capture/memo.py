@@ -1,7 +1,7 @@
 """Operators that are called alike in forward after forward: what was found of one call holds for the next.
 
-For the operators named here, where the examples are in the result follows from where they are in the arguments, and
-from shapes and options, never from values.
+For the operators named here, where the examples are in the results follows from where they are in the arguments, and
+from shapes and options. Where values have a say, as those of an attention mask may, nothing is remembered.
 """
 
 from __future__ import annotations
