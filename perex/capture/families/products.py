@@ -8,12 +8,16 @@ from perex.capture.axis import Axis, Label
 from perex.capture.carry import Operation, dims_of, family, result_tensor
 from perex.capture.families.elementwise import aligned
 
+SECOND = {"mm": "mat2", "bmm": "mat2", "mv": "vec", "dot": "tensor"}
+"""What products call their second argument, if not `other`."""
 
-@family("matmul mm bmm mv dot vdot vecdot")
+
+@family("matmul mm bmm mv dot vdot")
 def matmul(op: Operation) -> Label:
     """`(..., m, k) @ (..., k, n)`; one-dimensional arguments lose the dimension they lend."""
-    x, y = (op.args[1], op.args[0]) if op.name == "rmatmul" else op.args[:2]
-    if op.name in ("vdot", "vecdot", "dot"):
+    x, y = op.arg(0, "input"), op.arg(1, SECOND.get(op.name, "other"))
+    x, y = (y, x) if op.name == "rmatmul" else (x, y)
+    if op.name in ("vdot", "dot"):
         agrees = len({axis for _, axis in op.batched()}) == 1
         return op.contracted() if agrees and x.dim() == 1 == y.dim() else op.unknown()
     out = result_tensor(op)
@@ -34,6 +38,19 @@ def matmul(op: Operation) -> Label:
             lent = 1 if other.dim() == 1 else 0  # the missing dimension is gone from the result
             places.add(axis.moved(out.dim() + back + lent))
     return places.pop() if len(places) == 1 else op.mixed("pairs examples with each other")
+
+
+@family("vecdot")
+def vecdot(op: Operation) -> Label:
+    """`(x * y).sum(dim)`, x and y broadcast against each other."""
+    x, y, dim = op.arg(0, "input"), op.arg(1, "y"), op.arg(2, "dim", -1)
+    ndim = max(x.dim(), y.dim())
+    gone = dim % ndim
+    places = {axis.moved(axis.dim - tensor.dim() + ndim) for tensor, axis in op.batched()}
+    if len(places) != 1:
+        return op.mixed("pairs examples with each other")
+    axis = places.pop()
+    return op.contracted() if axis.dim == gone else axis.moved(axis.dim - (axis.dim > gone))
 
 
 @family("addmm addmv baddbmm addbmm")
