@@ -102,6 +102,12 @@ class Backwards:
             self.result.release()
         self.pending = [ref for ref in self.pending if ref() is not None] + [weakref.ref(forward)]
 
+    def let_go(self) -> None:
+        """Forget the last backward, which nobody can ask for: forwards lead here, so here must not lead back."""
+        if self.result is not None:
+            self.result.release()
+        self.latest = self.result = None
+
     def asked(self) -> None:
         """Somebody wants gradients that were kept: go on keeping them."""
         self.keep = True if self.keep is None else self.keep

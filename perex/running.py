@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ from perex.backward import Backwards
 from perex.capture.checks import refuse_recording
 from perex.capture.forward import Forward
 from perex.capture.inputs import about
+from perex.capture.outputs import Output
 from perex.capture.parameters import Entry
 from perex.capture.probe import Probe, same_draws, weights_of
+from perex.capture.retained import spared
 from perex.capture.saved import UnseenError, kept_bytes, saved_bytes
 from perex.capture.suspects import SINK, nodes
 from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
@@ -40,12 +43,14 @@ class Running(Backwards):
     Attributes:
         audited: what has been checked, by shapes and the like.
         blanks: how many backwards brought no gradients to some tap.
+        retains: whether the user had tensors retain gradients when a backward was last looked at beforehand.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.audited: set[tuple[object, ...]] = set()
         self.blanks = 0
+        self.retains = False
 
     def run(self, losses: Tensor, mean: bool) -> None:
         """Run the backward of the mean or sum of losses; see `Tracker.backward`."""
@@ -138,7 +143,8 @@ class Running(Backwards):
         self.taking = take
         try:
             sentinels = [forward.sentinel for forward in result.shares]
-            torch.autograd.grad(total, sentinels, retain_graph=not last, allow_unused=True)
+            with spared() if self.retains else contextlib.nullcontext():
+                torch.autograd.grad(total, sentinels, retain_graph=not last, allow_unused=True)
         except (PerexError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:
@@ -169,9 +175,9 @@ class Running(Backwards):
             What the taps got when the losses were weighted, with which the backward to come is to be compared; and what
             will have been checked then.
         """
-        edges, self.session.outputs.edges = dict(self.session.outputs.edges), []
+        edges, self.session.outputs.edges = self.session.outputs.alive(), []
         further = len(losses) == sum(forward.batch for forward in forwards)
-        first, new = 0, set[tuple[object, ...]]()
+        first, new = 0, list[tuple[tuple[object, ...], Forward, list[Output], int]]()
         parts: dict[Forward, slice] = {}
         for forward in forwards:
             if self.audit:
@@ -180,22 +186,32 @@ class Running(Backwards):
             place = about(first), about(len(losses)), further
             kind = *place, forward.shapes, *((output.edge.node.name(), output.axis) for output in outputs)
             if self.audit and kind not in self.audited:
-                refuse_recording(losses)
-                try:
-                    check_losses(losses, outputs, forward.batch, first)
-                except RuntimeError as raised:
-                    if ONCE not in str(raised):
-                        raise
-                    raise UnsupportedError(
-                        "a selective checkpoint between the model and the losses can go backward once only, and perex "
-                        "runs losses backward several times, as a check: attach(..., audit=False) does without that"
-                    ) from raised
-                new.add(kind)
+                new.append((kind, forward, outputs, first))
             parts[forward] = slice(first, first + forward.batch)
             first += forward.batch if further else 0
+        if not new:
+            return None, set()
+        refuse_recording(losses)
+        with spared() as tensors:
+            self.retains = bool(tensors)
+            try:
+                for _, forward, outputs, first in new:
+                    check_losses(losses, outputs, forward.batch, first)
+            except RuntimeError as raised:
+                if ONCE not in str(raised):
+                    raise
+                raise UnsupportedError(
+                    "a selective checkpoint between the model and the losses can go backward once only, and perex "
+                    "runs losses backward several times, as a check: attach(..., audit=False) does without that"
+                ) from raised
+            return self.weighted(losses, weight, parts), {kind for kind, *_ in new}
+
+    def weighted(self, losses: Tensor, weight: Tensor, parts: dict[Forward, slice]) -> Probe | None:
+        """What the taps get when losses are weighted otherwise, to be compared; None where that cannot be done."""
+        forwards = list(parts)
         once = self.session.parameters.sharded or any(forward.once for forward in forwards)
-        if not new or once or len(losses) < 2 or any(node.name() == SINK for node in nodes([losses.grad_fn])):
-            return None, new
+        if once or len(losses) < 2 or any(node.name() == SINK for node in nodes([losses.grad_fn])):
+            return None
         factors = weights_of(len(losses), any(forward.half for forward in forwards)).to(losses.device)
         probe = Probe({forward: factors[part] for forward, part in parts.items()})
         with same_draws():
@@ -205,7 +221,7 @@ class Running(Backwards):
                 forward.error = error
                 raise error
         probe.weighted = False
-        return probe if done else None, new
+        return probe if done else None
 
     def look(self, probe: Probe, total: Tensor, forwards: Sequence[Forward]) -> bool:
         """Run a backward as far as the taps, for a probe alone; whether that could be done."""

@@ -75,8 +75,8 @@ class Tracker(Readings):
     def __del__(self) -> None:
         """Let go of what the last backward left: it leads to itself through the graph, where no collector sees it."""
         backwards = vars(self).get("_backwards")
-        if backwards is not None and backwards.result is not None:
-            backwards.result.release()
+        if backwards is not None:
+            backwards.let_go()
 
     def __enter__(self) -> Tracker:
         return self

@@ -110,7 +110,7 @@ def by_perex(trial: Trial) -> tuple[dict[str, Tensor], Report]:
         return any(parameter is one for one in trial.parameters.values())
 
     px = attach(trial.model, params=own, param_grads=False, batch_dim=trial.batch_dim, audit=False, memory="none")
-    with trial.run(), px:
+    with px, trial.run():
         px.backward(trial.compute(trial.model, trial.batch, trial.n))
         norms = px.norms(by="parameter")
         assert isinstance(norms, dict)

@@ -107,7 +107,7 @@ class Auditor:
         except PerexError as error:
             forward.error = error
         else:
-            self.look_back(forward, dict(outputs.edges).get(forward.number, []), functions, parameters, record)
+            self.look_back(forward, outputs.alive().get(forward.number, []), functions, parameters, record)
 
     def check(self, forward: Forward, parameters: Parameters) -> None:
         """Run what was recorded of a forward, if anything was.

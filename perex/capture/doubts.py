@@ -21,27 +21,32 @@ mask or a length), once for inputs of some shapes; a faint one likewise, if the 
 UNSEEN = Lost("counted", "a tensor is read that perex did not see being made")
 
 
+def remember(forward: Forward, refuse: Refusals, name: str, lost: Lost, strength: int = STRONG) -> None:
+    """Remember that numbers over the batch may have decided what an example of a forward gets."""
+    if forward.batch > 1 and strength > forward.strength:
+        forward.doubt, forward.strength = refuse.doubt(name, lost), strength
+
+
 class Doubts:
     """Remembers the weightiest doubt of one forward.
 
     Args:
         forward: the forward that is running.
         refuse: makes errors.
+        labels: what is known of its tensors.
     """
 
-    labels: Labels
-
-    def __init__(self, forward: Forward, refuse: Refusals) -> None:
+    def __init__(self, forward: Forward, refuse: Refusals, labels: Labels) -> None:
         self.forward = forward
         self.refuse = refuse
+        self.labels = labels
         self.counted: Lost | None = None  # an integer over the batch that left torch: a length, or a denominator
         self.known: dict[int, weakref.ref[Tensor]] = {}  # constants of which perex saw how they were made
         self.buffers: set[int] | None = None
 
     def add(self, name: str, lost: Lost, strength: int = STRONG) -> None:
-        """Remember that numbers over the batch may have decided what an example gets."""
-        if self.forward.batch > 1 and strength > self.forward.strength:
-            self.forward.doubt, self.forward.strength = self.refuse.doubt(name, lost), strength
+        """See `remember`."""
+        remember(self.forward, self.refuse, name, lost, strength)
 
     # Numbers and truth values
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from perex.capture.axis import Axis, Lost
 from perex.capture.carry import CHOOSES, COUNTS, tensors_in
 from perex.capture.deriving import Deriving
-from perex.capture.doubts import FAINT, UNSEEN, Doubts
+from perex.capture.doubts import FAINT, UNSEEN, Doubts, remember
 from perex.capture.forward import Forward
 from perex.capture.labels import (
     BATCHED,
@@ -50,7 +50,7 @@ from perex.capture.probe import closed_over, watched
 from perex.capture.record import Record, draws
 from perex.capture.refusals import Refusals
 from perex.capture.rewrites import rewritten
-from perex.capture.spread import Spread
+from perex.capture.spread import Made, Spread
 from perex.capture.suspects import of_hook, of_user
 from perex.capture.writes import Writes
 from perex.rules.broadcast import fill
@@ -108,17 +108,17 @@ class Capture(TorchFunctionMode):
         self.parameters = parameters
         self.forward = forward
         self.refuse = Refusals(where)
-        self.doubts = Doubts(forward, self.refuse)
-        self.labels = self.doubts.labels = Labels(parameters, key, forward.number, forward.batch, self.doubts.add)
-        self.writes = Writes(self)
+        doubtful = partial(remember, forward, self.refuse)
+        self.labels = Labels(parameters, key, forward.number, forward.batch, doubtful)
+        self.doubts = Doubts(forward, self.refuse, self.labels)
         self.meeting = Meeting(forward, self.labels, self.refuse, partial(recomputing, forward))
         self.deriving = Deriving(forward, self.labels, self.doubts, self.refuse, self.meeting.spared)
-        self.spread = Spread(self.labels, self.meeting, self.call)
         self.active = True
         self.record: Record | None = None  # of examples to run alone later
         self.opaque: object | None = None  # the running module that a rule of its own covers
         self.inputs: list[Tensor] = []
         self.ambiguous: str | None = None  # inputs of several sizes along the batch dimension
+        self.made: Made = {}  # rows that were made again
 
     def __torch_function__(
         self, func: Operator, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -232,7 +232,7 @@ class Capture(TorchFunctionMode):
             with self:
                 return replacement(*args, **kwargs)
         if func is Tensor.__setitem__:
-            return self.writes.item(kinds, *args)
+            return Writes(self).item(kinds, *args)
         if not torch.is_grad_enabled():
             return self.follow(func, args, kwargs, marks, foreign=bool(kinds & FOREIGN))
         if kinds & SHARED and torch._C._are_functorch_transforms_active():
@@ -351,7 +351,7 @@ class Capture(TorchFunctionMode):
         if kwargs.get("out") is not None:
             raise self.refuse.unsupported(func, "writes to `out=`: assign its result instead")
         if not in_place(func):
-            spread = self.spread.arguments(func, args, kwargs)
+            spread = Spread(self.labels, self.meeting, self.call, self.made).arguments(func, args, kwargs)
             return self.meeting.operator(func, args, kwargs) if spread is None else self.call(func, *spread)
         target = args[0]
         if func is Tensor.copy_:

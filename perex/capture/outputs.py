@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from perex.capture.axis import Axis, Held, Lost, Single
@@ -19,16 +22,31 @@ from perex.errors import UnsupportedError
 from perex.rules.broadcast import returned
 
 
-class Output(NamedTuple):
+class Output:
     """One that gradients come through.
 
-    Attributes:
-        edge: where it is in the graph.
+    A node of a Python function is held weakly: a graph that nobody else holds goes, with all that it has saved.
+
+    Args:
+        tensor: what the model returned.
         axis: where the examples are in it.
     """
 
-    edge: GradientEdge
-    axis: Held
+    __slots__ = "axis", "node", "number"
+
+    def __init__(self, tensor: Tensor, axis: Held) -> None:
+        self.axis, self.number = axis, tensor.output_nr
+        self.node: Callable[[], Any]
+        if issubclass(type(tensor.grad_fn), BackwardCFunction):
+            self.node = weakref.ref(tensor.grad_fn)
+        else:
+            edge = get_gradient_edge(tensor)
+            self.node = lambda: edge.node
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Where it is in the graph, as long as there is a graph."""
+        return GradientEdge(self.node(), self.number)
 
 
 class Outputs:
@@ -40,7 +58,8 @@ class Outputs:
 
     Attributes:
         labels: each output of the latest forward, and where the examples are in it.
-        edges: for each forward since the last backward (two at most), its number and its outputs in the graph.
+        edges: for each forward since the last backward (two at most), its number and its outputs in the graph; see
+            `alive`.
     """
 
     def __init__(self, parameters: Parameters, batch_dim: int) -> None:
@@ -53,10 +72,15 @@ class Outputs:
         """Take up what a model returns, and give out what it is to return in its place."""
         if any(isinstance(capture.labels.of(tensor), Shared) for tensor in tensors_of(out)):
             out = self.tap_shared(capture, out)
-        if self.parameters.sharded:
-            out = self.behind_hooks(capture, out)
+        if self.parameters.sharded or type(out) in (Tensor, tuple, dict):
+            out = self.behind_exits(capture, out)
         self.take(capture, out)
         return out
+
+    def alive(self) -> dict[int, list[Output]]:
+        """Of each forward whose graph there still is, its outputs in there."""
+        found = {number: [output for output in outputs if output.node() is not None] for number, outputs in self.edges}
+        return {number: outputs for number, outputs in found.items() if outputs}
 
     def clear(self) -> None:
         """Forget them."""
@@ -83,12 +107,19 @@ class Outputs:
 
         return map_tensors(tapped, out)
 
-    def behind_hooks(self, capture: Capture, out: Any) -> Any:
-        """What a sharded model returns, each tensor behind an `Exit`."""
+    def behind_exits(self, capture: Capture, out: Any) -> Any:
+        """What a model returns, with an `Exit` behind each tensor of a sharded one, and else where it does no harm.
+
+        That is a node that can be held weakly; see `Output`.
+        """
+        tensors = tensors_of(out)
+        uses = Counter(map(memory, tensors)) if len(tensors) > 1 else Counter()
 
         def behind(tensor: Tensor) -> Tensor:
             label = capture.labels.of(tensor)
             if not isinstance(label, (Axis, Single)) or not tensor.requires_grad:
+                return tensor
+            if not self.parameters.sharded and (uses[memory(tensor)] > 1 or not exits(tensor)):
                 return tensor
             passed: Tensor = Exit.apply(tensor)
             capture.labels.mark(passed, label)
@@ -100,7 +131,7 @@ class Outputs:
         """Remember where the examples are in the outputs; refuse those in which they are mixed, or may be."""
         self.labels = []
         edges: list[Output] = []
-        self.edges = [*self.edges[-1:], (capture.forward.number, edges)]
+        self.edges = [*list(self.alive().items())[-1:], (capture.forward.number, edges)]
         packed = {id(sequence.data) for sequence in packed_in(out)}
         tensors = tensors_of(out)
         marks = [capture.labels.of(tensor) for tensor in tensors]
@@ -131,7 +162,7 @@ class Outputs:
                 capture.forward.record.returned(tensor, capture.labels.batch_label(tensor))
             audited = not self.parameters.sharded or tensor.grad_fn is not None and tensor.grad_fn.name() == EXIT
             if isinstance(label, (Axis, Single)) and tensor.requires_grad and audited:
-                edges.append(Output(get_gradient_edge(tensor), label))
+                edges.append(Output(tensor, label))
             if isinstance(label, (Axis, Single, Lost)):
                 self.labels.append((weakref.ref(tensor), label))
             if isinstance(label, Axis) and label.dim != self.batch_dim and capture.ambiguous is not None:
@@ -145,3 +176,16 @@ class Outputs:
             if label.kind == "reduced" and (tensor.dim() or capture.doubts.counted is not None):
                 why = label if capture.doubts.counted is None else capture.doubts.counted
                 capture.watch(tensor, why, always=True)
+
+
+def memory(tensor: Tensor) -> int:
+    """What tells one piece of memory from others."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+
+
+def exits(tensor: Tensor) -> bool:
+    """Whether an output's node has to be held, so that another one is better, and can be put behind it."""
+    node = tensor.grad_fn
+    if node is None or issubclass(type(node), BackwardCFunction) or type(tensor) is not Tensor or tensor._is_view():
+        return False
+    return tensor.layout == torch.strided and not torch._C._are_functorch_transforms_active()

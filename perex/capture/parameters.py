@@ -329,7 +329,8 @@ class Parameters:
                 entry.parameter._backward_hooks = None
 
     def release(self) -> None:
-        """Take all hooks off."""
+        """Take all hooks off, and let go of who would hear of them."""
+        self.untapped = lambda name: None
         for entry in self.entries.values():
             self.unwatch(entry)
             entry.stand_in = entry.values = entry.total = None

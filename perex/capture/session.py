@@ -76,7 +76,7 @@ class Session:
         check_model(model)
         self.key = f"_perex_{next(_sessions)}"
         self.batch_dim = batch_dim
-        self.receiver = receiver
+        self.receiver: Receiver | None = receiver
         self.frames: list[Frame] = []
         self.capture: Capture | None = None
         self.running = False
@@ -214,6 +214,7 @@ class Session:
                 self.forwards += 1
             tracked = self.parameters.tracked()
             number = -1 if recomputed else self.forwards
+            assert self.receiver is not None
             forward = Forward(number, self.receiver, batch, frame.path, tracked)
             forward.task = torch._C._current_graph_task_id() if recomputed else None
             capture = Capture(self.parameters, forward, self.key, self.where, self.recomputing, self.memo)
@@ -268,7 +269,7 @@ class Session:
         Whose a row is does not matter any more: no gradient depends on it, only what is saved. So its arguments are
         taken for one example's, but for those that are constants.
         """
-        again = Forward(-1, self.receiver, forward.batch, forward.path, forward.tracked)
+        again = Forward(-1, forward.receiver, forward.batch, forward.path, forward.tracked)
         capture = Capture(self.parameters, again, self.key, self.where, self.recomputing, self.memo)
         before = self.capture, self.running, self.frames, self.caller, self.thread
         restore = in_sight()
@@ -305,7 +306,7 @@ class Session:
                 forward.record = None  # it changes its own parameters, and would do so again
             self.capture.opaque = None
             self.capture.inputs = []
-            self.capture.spread.made.clear()
+            self.capture.made.clear()
             if forward.sparing and not forward.recomputed:
                 forward.derived = self.capture.labels.shared()
                 forward.batched = self.capture.labels.batched()
@@ -354,7 +355,7 @@ class Session:
             self.abort()
         self.parameters.release()
         self.memo.forget()
-        self.capture = self.root = None
+        self.capture = self.root = self.receiver = None  # who holds this
 
 
 def nothing() -> None:

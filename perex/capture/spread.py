@@ -79,6 +79,10 @@ def known(labels: Labels, tensor: Tensor) -> Origin | None:
     return mark.origin if isinstance(mark, Shared) else None
 
 
+Made = dict[tuple[int, Axis], tuple[Tensor, Tensor | None]]
+"""By a tensor of rows and the axis that they are to have, that tensor, which this keeps, and what was made."""
+
+
 class Spread:
     """Makes rows of parameters again, as the examples' own.
 
@@ -86,13 +90,14 @@ class Spread:
         labels: what is known of the forward's tensors.
         meeting: puts taps behind them.
         run: calls an operator as the model does.
+        made: what was made before in this forward.
     """
 
-    def __init__(self, labels: Labels, meeting: Meeting, run: Callable[..., Any]) -> None:
+    def __init__(self, labels: Labels, meeting: Meeting, run: Callable[..., Any], made: Made) -> None:
         self.labels = labels
         self.meeting = meeting
         self.run = run
-        self.made: dict[tuple[int, Axis], tuple[Tensor, Tensor | None]] = {}  # with what they were made for
+        self.made = made
 
     def arguments(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """The arguments of an operator on parameters and examples, with rows that are the examples' made again.

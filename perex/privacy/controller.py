@@ -190,8 +190,8 @@ class PrivateBackward(Controller):
 
     def edges(self) -> Edges:
         """Where the examples are in the model's latest outputs, by their place in the graph."""
-        forwards = self.px._session.outputs.edges
-        return {(output.edge.node, output.edge.output_nr): output.axis for _, outputs in forwards for output in outputs}
+        forwards = self.px._session.outputs.alive().values()
+        return {(output.node(), output.number): output.axis for outputs in forwards for output in outputs}
 
     def receiver(self) -> object:
         """Who hears of the model's forwards."""

@@ -1,0 +1,35 @@
+"""Gradients that the user has autograd keep, by `retain_grad()`: what perex runs backward besides leaves them alone.
+
+Autograd adds to such a tensor's `.grad` in each backward, one for `torch.autograd.grad` included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+from torch import Tensor
+
+
+def retained() -> list[Tensor]:
+    """All tensors that retain their gradients. Only the collector knows of those that were made behind the model."""
+    objects = gc.get_objects()
+    kinds, found, place = list(map(type, objects)), list[Tensor](), -1
+    with contextlib.suppress(ValueError):  # a loop in C: there are hundreds of thousands
+        while True:
+            place = kinds.index(Tensor, place + 1)
+            found.append(objects[place])
+    return [tensor for tensor in found if tensor.requires_grad and tensor.retains_grad]
+
+
+@contextlib.contextmanager
+def spared() -> Iterator[list[Tensor]]:
+    """Put back the gradients that tensors have retained, whatever runs backward meanwhile."""
+    tensors = retained()
+    before = [tensor.grad for tensor in tensors]  # autograd replaces them
+    try:
+        yield tensors
+    finally:
+        for tensor, grad in zip(tensors, before, strict=True):
+            tensor.grad = grad
