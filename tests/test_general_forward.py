@@ -80,6 +80,29 @@ def test_results(case):
     check(net(RESULTS[case]), (x,))
 
 
+class Own(Tensor):
+    """A class of the user's: nobody sees how a tensor becomes one."""
+
+
+def written_to_later(m: Net, x: Tensor) -> Tensor:
+    whole = torch.zeros_like(x)
+    early = whole.view(x.shape)
+    whole[:] = x
+    return plain(m, early)
+
+
+WHOLE_VIEWS = {
+    "of another class": lambda m, x: m.b(m.a(x).as_subclass(Own).tanh()).as_subclass(Tensor),
+    "of another class, of the input": lambda m, x: plain(m, x.as_subclass(Own)).as_subclass(Tensor),
+    "taken before it was written to": written_to_later,
+}
+
+
+@pytest.mark.parametrize("case", WHOLE_VIEWS)
+def test_views_that_show_all_of_a_tensor(case):
+    check(net(WHOLE_VIEWS[case]), (x,), loss=projection())
+
+
 def test_result_of_an_unknown_class():
     check(net(lambda m, x: Output(plain(m, x))), (x,), lambda out, index: projection()(out.logits, index))
 

@@ -80,7 +80,10 @@ class Labels:
         if number == self.number:
             return label
         base = tensor._base  # a view taken before examples were written into what it is a view of
-        return EARLIER_VIEW if base is not None and getattr(base, self.key, (None,))[0] == self.number else None
+        number, label, _ = UNMARKED if base is None else getattr(base, self.key, UNMARKED)
+        if base is None or number != self.number:
+            return None
+        return label if isinstance(label, Axis) and whole_view(tensor, base) else EARLIER_VIEW
 
     def batch_label(self, tensor: Tensor) -> Label:
         """The label, as far as examples are concerned."""
@@ -108,6 +111,8 @@ class Labels:
             if isinstance(label, Shared):
                 label = label._replace(memory=memory(tensor))
             setattr(tensor, self.key, (self.number, label, real))
+            if type(tensor) is not Tensor and (base := tensor._base) is not None and whole_view(tensor, base):
+                self.mark(base, label, real)  # what torch made, before it became one of another class
         elif hasattr(tensor, self.key):
             delattr(tensor, self.key)
 
@@ -293,6 +298,15 @@ class Labels:
 def memory(tensor: Tensor) -> int:
     """Where a tensor's storage begins."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else -1
+
+
+def whole_view(view: Tensor, base: Tensor) -> bool:
+    """Whether a view shows all of a tensor as it is, whenever it was taken; as `as_subclass`, which no mode sees."""
+    return (
+        (view.shape, view.dtype) == (base.shape, base.dtype)
+        and view.stride() == base.stride()
+        and view.storage_offset() == base.storage_offset()
+    )
 
 
 def place_in(view: Tensor, base: Tensor) -> tuple[list[int | None], list[int]] | None:
