@@ -93,8 +93,12 @@ class Operation:
         return [(tensor, label) for tensor, label in self.inputs if isinstance(label, Axis)]
 
     def only(self, *allowed: Any) -> bool:
-        """Whether no other tensors than these have a batch axis."""
-        return all(any(tensor is one for one in allowed) for tensor, _ in self.batched())
+        """Whether no other arguments than these have a batch axis: one that is given twice is two."""
+        return len(self.batched()) == len(self.batched_among(allowed))
+
+    def batched_among(self, arguments: Iterable[Any]) -> list[tuple[Tensor, Axis]]:
+        """Those of some arguments that have a batch axis, with it."""
+        return [(one, axis) for one in arguments if (axis := self.axis(one)) is not None]
 
     def out_is_whole(self, dim: int, tensor: Tensor) -> bool:
         """Whether a dimension of the result is as long as in the argument."""

@@ -36,6 +36,7 @@ from perex.capture.memo import ALIKE, Memo
 from perex.capture.operators import (
     BRANCHES,
     NUMBERS,
+    PARTS,
     PASSED_OVER,
     READS_FIRST,
     UNFOLLOWED,
@@ -191,6 +192,8 @@ class Capture(TorchFunctionMode):
             marks.append((tensor, mark))
         if not kinds & ~FOREIGN:
             return self.constant(func, args, kwargs, bool(kinds))
+        if kinds & STRANGER and not torch.is_grad_enabled():  # numbers from where perex cannot see, then
+            kinds |= FOREIGN
         if kinds & FOREIGN and kinds & (BATCHED | LOST | COUNTED | SHARED):
             doubts.add(plain_name(func), UNSEEN, FAINT)
         if func in NUMBERS:
@@ -216,6 +219,10 @@ class Capture(TorchFunctionMode):
                     "`px.backward(losses)`, with one loss an example, can tell"
                 )
             return func(args[0], watched(hook, self.forward, held))
+        if func in PARTS:
+            with self:
+                PARTS[func](args[0]).copy_(args[1])
+            return None
         if func in INDEXES:
             self.doubts.look_at_slices(args[1])
         if self.opaque is not None:
@@ -234,7 +241,7 @@ class Capture(TorchFunctionMode):
         if func is Tensor.__setitem__:
             return Writes(self).item(kinds, *args)
         if not torch.is_grad_enabled():
-            return self.follow(func, args, kwargs, marks, foreign=bool(kinds & FOREIGN))
+            return self.follow(func, args, kwargs, marks, kinds)
         if kinds & SHARED and torch._C._are_functorch_transforms_active():
             raise self.refuse.unsupported(
                 func,
@@ -248,7 +255,7 @@ class Capture(TorchFunctionMode):
             return self.deriving.operator(func, args, kwargs)
         if kinds & SHARED:
             return self.meet(func, args, kwargs)
-        return self.follow(func, args, kwargs, marks, bool(kinds & UNTRACKED), bool(kinds & FOREIGN))
+        return self.follow(func, args, kwargs, marks, kinds, stand_ins=bool(kinds & UNTRACKED))
 
     # Neither
 
@@ -269,10 +276,11 @@ class Capture(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         marks: list[tuple[Tensor, Mark]],
+        kinds: int,
         stand_ins: bool = False,
-        foreign: bool = False,
     ) -> Any:
-        """Run an operator without wanted gradients, and label its results."""
+        """Run an operator without wanted gradients, and label its results; what is made of a stranger is one."""
+        strange = bool(kinds & STRANGER)
         before = self.labels.batch_label(args[0]) if in_place(func) and args and isinstance(args[0], Tensor) else None
         if stand_ins:
             out = self.run(func, args, kwargs, detach=False)
@@ -295,8 +303,9 @@ class Capture(TorchFunctionMode):
                     if not hooked or self.labels.spoils(label):
                         self.watch(tensor, label)
             if not (in_place(func) and args and tensor is args[0]):
-                mark = CONSTANT if label is None and (tensor.grad_fn is not None or tensor._base is not None) else label
-                if mark is None and not foreign:
+                made_of_own = tensor.grad_fn is not None or tensor._base is not None
+                mark = CONSTANT if label is None and made_of_own and not strange else label
+                if mark is None and not kinds & (FOREIGN | STRANGER):
                     self.doubts.made([tensor])
                 whole = not tensor.is_floating_point()
                 self.labels.mark(tensor, mark, whole and self.labels.from_real(plain_name(func), marks))

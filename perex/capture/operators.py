@@ -27,6 +27,9 @@ METADATA = """
 
 DIFFERENTIABLE_GETTERS = {"T", "mT", "H", "mH", "real", "imag", "data"}
 
+PARTS: dict[Any, Any] = {part.__set__: part.__get__ for part in (Tensor.real, Tensor.imag)}  # type: ignore[attr-defined]
+"""`z.real = x` and `z.imag = x`, and what gives the part that is written."""
+
 
 def _metadata() -> frozenset[Any]:
     found: set[Any] = set()
@@ -35,7 +38,7 @@ def _metadata() -> frozenset[Any]:
     for cls in Tensor.__mro__[:-1]:
         for name, member in vars(cls).items():
             if isinstance(member, (types.GetSetDescriptorType, property)):
-                if name != "data":
+                if name != "data" and member.__set__ not in PARTS:
                     found.add(member.__set__)
                 if name not in DIFFERENTIABLE_GETTERS:
                     found.add(member.__get__)

@@ -256,7 +256,7 @@ def one_owner(rows: Tensor) -> bool:
 def masked_scatter(op: Operation) -> Label:
     """The elements of a source, in order, at the places where a mask is true: each must be of that place's example."""
     x, mask, source = op.args[:3]
-    axis = aligned(op, [(tensor, held) for tensor, held in op.batched() if tensor is not source])
+    axis = aligned(op, op.batched_among((x, mask)))
     own = op.axis(source)
     if not isinstance(axis, Axis) or own is None:
         return axis

@@ -60,7 +60,7 @@ def matmul_with_bias(op: Operation) -> Label:
         return op.unknown("sums over its first dimension")
     names = ("mat", "vec") if op.name == "addmv" else ("batch1", "batch2") if op.name == "baddbmm" else ("mat1", "mat2")
     bias, x, y = op.arg(0, "input"), op.arg(1, names[0]), op.arg(2, names[1])
-    inputs = [(tensor, label) for tensor, label in op.inputs if tensor is not bias]
+    inputs = [(tensor, op.label(tensor)) for tensor in (x, y)]  # where the bias may be, too
     product = Operation("matmul", (x, y), {}, op.out, op.results, inputs, op.batch)
     if not product.batched():
         return aligned(op)
