@@ -85,7 +85,8 @@ def digest(grad: Tensor | None, axis: Held, batch: int) -> Digest | None:
     """
     if grad is None or grad.numel() == 0:
         return None
-    rows, eps = axis.front(grad.unsqueeze(-1), batch).flatten(1), torch.finfo(grad.dtype).eps  # (B, n)
+    grad = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad.unsqueeze(-1)
+    rows, eps = axis.front(grad, batch).flatten(1), torch.finfo(grad.dtype).eps  # (B, n)
     if rows.dtype.itemsize < 4:
         return Digest(rows, rows.abs().amax(1, keepdim=True), eps)
     whole = rows.shape[1] // RUN * RUN

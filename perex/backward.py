@@ -295,7 +295,7 @@ class Backwards:
         torch.autograd.Variable._execution_engine.queue_callback(partial(self.over, result))
         self.pending = []
         self.session.consumed = True
-        self.session.outputs.edges = []
+        self.session.outputs.kinds = {}
         if forward is not None and not will_run(forward.sentinel):
             aliases = [e.stand_in for e in forward.tracked if e.name in forward.uses and e.stand_in is not None]
             if not self.param_grads or not all(map(will_run, aliases)):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
+Kind = TypeVar("Kind", bound="PerexError")
+
 
 class PerexError(Exception):
     """The base of everything that perex refuses or rejects."""
@@ -29,3 +34,11 @@ class NotReadyError(PerexError):
 
 class LossError(PerexError):
     """The losses handed over are not one number for each example of the batch."""
+
+
+def anew(error: Kind) -> Kind:
+    """The same error without what it has come through, to be kept, or to be raised where one is kept.
+
+    Frames hold a step's losses, these a graph, and that what keeps the error: nobody would ever free them.
+    """
+    return copy.copy(error)

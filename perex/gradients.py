@@ -111,7 +111,7 @@ class Gradients:
                 total = next(place)
                 while b >= total.batch:
                     b, total = b - total.batch, next(place)
-                found[name].append(square_of(total.dense(b, b + 1), self.scale))
+                found[name].append(square_of(total.precise(b), self.scale))
         return {name: torch.stack(each) for name, each in found.items()}
 
     def materialized(self) -> Iterator[tuple[str, Tensor]]:

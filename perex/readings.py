@@ -9,7 +9,7 @@ from torch import Tensor
 
 from perex.capture.parameters import Entry
 from perex.capture.session import Session
-from perex.errors import ArgumentError, NotReadyError, PerexError
+from perex.errors import ArgumentError, NotReadyError, PerexError, anew
 from perex.kernels.strategies import preferring
 from perex.quantities import By, Quantity, grouped
 from perex.quantities.base import finished
@@ -162,7 +162,7 @@ class Readings:
         if latest is not None and latest.number > result.number:
             raise NotReadyError("nothing to read: the latest forward has not been followed by a backward yet")
         if result.error is not None:
-            raise result.error
+            raise anew(result.error)
         if not result.finished:
             raise NotReadyError("nothing to read: the last backward did not finish")
         return result

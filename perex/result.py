@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perex.capture.forward import Forward
 from perex.capture.parameters import Entry
-from perex.errors import NotReadyError, PerexError
+from perex.errors import NotReadyError, PerexError, anew
 from perex.factors import Dense, Factor, Few, Total
 from perex.gradients import Kept
 from perex.quantities import Quantity
@@ -137,7 +137,7 @@ class Result:
 
     def refuse(self, error: PerexError) -> None:
         """Remember why this result must not be read; the first reason stays."""
-        self.error = self.error or error
+        self.error = self.error or anew(error)
 
     def groups(self, relation: str | None) -> list[list[Share]]:
         """Shares by whose examples they hold, every parameter closed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,12 @@ from perex.backward import Backwards
 from perex.capture.checks import refuse_recording
 from perex.capture.forward import Forward
 from perex.capture.inputs import about
-from perex.capture.outputs import Output
 from perex.capture.parameters import Entry
 from perex.capture.probe import Probe, same_draws, weights_of
 from perex.capture.retained import spared
 from perex.capture.saved import UnseenError, kept_bytes, saved_bytes
 from perex.capture.suspects import SINK, nodes
-from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError
+from perex.errors import LossError, NotReadyError, PerexError, UnsupportedError, anew
 from perex.factors import Factor
 from perex.result import Result
 
@@ -43,14 +42,14 @@ class Running(Backwards):
     Attributes:
         audited: what has been checked, by shapes and the like.
         blanks: how many backwards brought no gradients to some tap.
-        retains: whether the user had tensors retain gradients when a backward was last looked at beforehand.
+        retains: whether tensors of the user's retain their gradients; None before anybody has looked.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.audited: set[tuple[object, ...]] = set()
         self.blanks = 0
-        self.retains = False
+        self.retains: bool | None = None
 
     def run(self, losses: Tensor, mean: bool) -> None:
         """Run the backward of the mean or sum of losses; see `Tracker.backward`."""
@@ -143,7 +142,7 @@ class Running(Backwards):
         self.taking = take
         try:
             sentinels = [forward.sentinel for forward in result.shares]
-            with spared() if self.retains else contextlib.nullcontext():
+            with self.sparing_retained(list(result.shares)):
                 torch.autograd.grad(total, sentinels, retain_graph=not last, allow_unused=True)
         except (PerexError, torch.cuda.OutOfMemoryError):
             raise
@@ -155,12 +154,24 @@ class Running(Backwards):
         finally:
             self.taking = None
 
+    @contextlib.contextmanager
+    def sparing_retained(self, forwards: Sequence[Forward], *losses: Tensor) -> Iterator[None]:
+        """Leave alone the gradients that tensors retain. To find all takes long: not where none is known to do so."""
+        near = [*losses, *(tensor for ref, _ in self.session.outputs.labels if (tensor := ref()) is not None)]
+        retains = any(forward.retains for forward in forwards) or any(tensor.retains_grad for tensor in near)
+        if self.retains is False and not retains:
+            yield
+            return
+        with spared() as tensors:
+            self.retains = bool(tensors)
+            yield
+
     def denied(self, error: PerexError) -> PerexError:
         """The last backward's numbers are wrong: the first reason for that."""
         if self.result is None:
             return error
         self.result.refuse(error)
-        return self.result.error or error
+        return anew(self.result.error or error)
 
     def scaled(self, losses: Tensor) -> Tensor:
         """Losses as the scaler wants them."""
@@ -175,28 +186,29 @@ class Running(Backwards):
             What the taps got when the losses were weighted, with which the backward to come is to be compared; and what
             will have been checked then.
         """
-        edges, self.session.outputs.edges = self.session.outputs.alive(), []
+        outputs = self.session.outputs
         further = len(losses) == sum(forward.batch for forward in forwards)
-        first, new = 0, list[tuple[tuple[object, ...], Forward, list[Output], int]]()
+        first, new = 0, list[tuple[tuple[object, ...], Forward, int]]()
         parts: dict[Forward, slice] = {}
         for forward in forwards:
             if self.audit:
                 self.session.auditor.check(forward, self.session.parameters)
-            outputs = edges.get(forward.number, [])
             place = about(first), about(len(losses)), further
-            kind = *place, forward.shapes, *((output.edge.node.name(), output.axis) for output in outputs)
+            kind = *place, forward.shapes, *outputs.kinds.get(forward.number, ())
             if self.audit and kind not in self.audited:
-                new.append((kind, forward, outputs, first))
+                new.append((kind, forward, first))
             parts[forward] = slice(first, first + forward.batch)
             first += forward.batch if further else 0
+        found = outputs.behind(losses) if new else {}
+        outputs.kinds = {}
         if not new:
             return None, set()
         refuse_recording(losses)
-        with spared() as tensors:
-            self.retains = bool(tensors)
+        with self.sparing_retained(forwards, losses):
+            self.looking = True
             try:
-                for _, forward, outputs, first in new:
-                    check_losses(losses, outputs, forward.batch, first)
+                for _, forward, first in new:
+                    check_losses(losses, found.get(forward.number, []), forward.batch, first)
             except RuntimeError as raised:
                 if ONCE not in str(raised):
                     raise
@@ -204,6 +216,8 @@ class Running(Backwards):
                     "a selective checkpoint between the model and the losses can go backward once only, and perex "
                     "runs losses backward several times, as a check: attach(..., audit=False) does without that"
                 ) from raised
+            finally:
+                self.looking = False
             return self.weighted(losses, weight, parts), {kind for kind, *_ in new}
 
     def weighted(self, losses: Tensor, weight: Tensor, parts: dict[Forward, slice]) -> Probe | None:
@@ -218,7 +232,7 @@ class Running(Backwards):
             done = self.look(probe, (self.scaled(losses) * (weight * factors.to(weight))).sum(), forwards)
         for forward in forwards:
             if forward.changed and forward.compare is not None and (error := forward.compare()) is not None:
-                forward.error = error
+                forward.error = anew(error)
                 raise error
         probe.weighted = False
         return probe if done else None

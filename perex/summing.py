@@ -109,14 +109,9 @@ def sum_of(
     numbers = [] if apart is None else apart.nonzero().flatten().tolist()
     aside: dict[int, Tensor] = {}
     for b in numbers:
-        key, share = first + b if several else ALL, double(factor.dense(b, b + 1)[0]) * weights[b].double()
+        key, share = first + b if several else ALL, factor.precise(b) * weights[b].double()
         aside[key] = aside[key] + share if key in aside else share
     return Sum(total, aside)
-
-
-def double(tensor: Tensor) -> Tensor:
-    """A tensor in float64, or the complex numbers of it."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
 
 
 class Sum(NamedTuple):

@@ -78,6 +78,9 @@ class Tracker(Readings):
         if backwards is not None:
             backwards.let_go()
 
+    def __copy__(self) -> Tracker:
+        return self
+
     def __enter__(self) -> Tracker:
         return self
 

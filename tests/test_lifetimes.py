@@ -191,8 +191,14 @@ class Several(nn.Sequential):
         return h.tanh(), {"double": h * 2}
 
 
+class Views(nn.Sequential):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        h = super().forward(x)
+        return [h.view(len(h), 2, 2), h[:, :2], h, h]
+
+
 @every_way
-@pytest.mark.parametrize("kind", [nn.Sequential, Softmax, Several])
+@pytest.mark.parametrize("kind", [nn.Sequential, Softmax, Several, Views])
 def test_graphs_that_nobody_holds_are_let_go(kind, param_grads):
     """Validation with gradients on, or a step that is given up: as much memory as without perex."""
     model = kind(*net())
@@ -201,7 +207,7 @@ def test_graphs_that_nobody_holds_are_let_go(kind, param_grads):
     model[1].register_forward_hook(lambda module, args, out: alive.append(weakref.ref(args[0].grad_fn)))
     for _ in range(3):  # checked batches keep more
         out = model(x)
-        px.backward((out if isinstance(out, Tensor) else out[0]).square().sum(1))
+        px.backward((out if isinstance(out, Tensor) else out[0]).square().flatten(1).sum(1))
     del out
     alive.clear()
     gc.collect()
@@ -216,6 +222,32 @@ def test_graphs_that_nobody_holds_are_let_go(kind, param_grads):
         assert alive[-1]() is None
     finally:
         gc.enable()
+
+
+class Features(nn.Module):
+    """Returns what the logits are made of, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.kept = nn.Linear(D, D), nn.Linear(D, 4), None
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.kept = self.a(x).tanh()
+        return {"features": self.kept, "logits": self.b(self.kept)}
+
+
+@every_way
+def test_outputs_are_what_the_model_returned(param_grads):
+    """The same tensors, on the way from one to the other: a map of what decides a class goes by their gradients."""
+    model = oracle.scramble(Features())
+    with perex.attach(model, param_grads=param_grads) as px:
+        for _ in range(2):
+            out = model(x)
+            assert out["features"] is model.kept
+            (grad,) = torch.autograd.grad(out["logits"][:, 1].sum(), out["features"], retain_graph=True)
+            assert torch.allclose(grad, model.b.weight[1].expand_as(grad))
+            px.backward(losses(out["logits"]))
+            px.norms()
 
 
 class Sharing(nn.Module):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -163,11 +163,35 @@ def comparable(record: Record, example: int, met: dict[tuple[str, ...], Any]) ->
 def replay(record: Record, parameters: Parameters) -> Seen | None:
     """Run the recorded examples alone; the first place where one of them differs, or None.
 
+    Without gradients, if the model runs like that: it may go backward in its forward.
+
     Raises:
         RuntimeError and others: whatever the model raises on one example.
     """
+    try:
+        return compared(record, parameters, graph=False)
+    except Exception:
+        with without_gradients(record.module):
+            return compared(record, parameters, graph=True)
+
+
+@contextlib.contextmanager
+def without_gradients(module: nn.Module) -> Iterator[None]:
+    """Leave the gradients that parameters have alone, whatever runs backward meanwhile."""
+    before = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in before:
+            parameter.grad = grad
+
+
+def compared(record: Record, parameters: Parameters, graph: bool) -> Seen | None:
+    """The same, with gradients or without."""
     for b in record.examples:
-        with run_alone(record, parameters, b, back=False) as (mode, out):
+        with run_alone(record, parameters, b, graph) as (mode, out):
             for seen, number in comparable(record, b, mode.met):
                 if not close(seen.rows[b], mode.met[seen.key][number], record.precision):
                     return seen

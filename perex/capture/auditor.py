@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from perex.capture.alone import replay, suspects_alone
 from perex.capture.axis import Axis
 from perex.capture.checks import refuse_recording
-from perex.capture.doubts import FAINT, STRONG, WEAK
+from perex.capture.doubts import STRONG, WEAK
 from perex.capture.forward import Forward
 from perex.capture.functions import in_sight
 from perex.capture.inputs import kind_of
 from perex.capture.labels import Labels
 from perex.capture.nest import map_tensors, tensors_of
-from perex.capture.outputs import Output, Outputs
 from perex.capture.parameters import Parameters
 from perex.capture.probe import same_draws, watch_modules
 from perex.capture.record import Record
 from perex.capture.suspects import Suspect, Trial, compared, of_function, user_code
-from perex.errors import ExamplesMixError, PerexError, UnsupportedError
+from perex.errors import ExamplesMixError, PerexError, UnsupportedError, anew
 
 ALL, MANY, FEW, LATER = 16, 8, 4, 2
 """Of a first batch in doubt, all examples are run alone if there are up to 16, and 8 of more; without a doubt, 4. Of
@@ -96,7 +95,7 @@ class Auditor:
         record.versions = parameters.versions()
         return record
 
-    def look(self, forward: Forward, outputs: Outputs, parameters: Parameters) -> None:
+    def look(self, forward: Forward, ends: Sequence[Any], parameters: Parameters) -> None:
         """Check a forward that leaves a doubt as soon as it is over, and remember what was found."""
         record, functions, forward.functions = forward.record, forward.functions, []
         if not self.enabled or forward.recomputed:
@@ -105,9 +104,9 @@ class Auditor:
             if forward.doubt is not None:
                 self.check(forward, parameters)
         except PerexError as error:
-            forward.error = error
+            forward.error = anew(error)
         else:
-            self.look_back(forward, outputs.alive().get(forward.number, []), functions, parameters, record)
+            self.look_back(forward, ends, functions, parameters, record)
 
     def check(self, forward: Forward, parameters: Parameters) -> None:
         """Run what was recorded of a forward, if anything was.
@@ -117,7 +116,7 @@ class Auditor:
             UnsupportedError: that had to be seen, and could not.
         """
         if forward.error is not None:
-            raise forward.error
+            raise anew(forward.error)
         if forward.settled:
             return
         record, forward.record = forward.record, None
@@ -137,7 +136,7 @@ class Auditor:
         try:
             seen = replay(record, parameters)
         except Exception as error:
-            if forward.strength > FAINT:
+            if forward.doubt is not None:
                 raise UnsupportedError(f"{forward.doubt}; but alone, the model raises {error!r}") from error
             seen = None  # it cannot be run on one example: labels alone have to vouch for it
         finally:
@@ -157,7 +156,7 @@ class Auditor:
     def look_back(
         self,
         forward: Forward,
-        outputs: Sequence[Output],
+        ends: Sequence[Any],
         met: Sequence[Any],
         parameters: Parameters,
         record: Record | None,
@@ -169,7 +168,7 @@ class Auditor:
         """
         if forward.batch < 2 or forward.once or parameters.sharded or forward.shapes in self.looked:
             return
-        functions, modules = user_code([*(output.edge.node for output in outputs), *met])
+        functions, modules = user_code([*ends, *met])
         watch_modules(modules, forward)
         self.functions = self.functions or bool(functions)
         if functions and record is None:

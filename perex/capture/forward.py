@@ -131,6 +131,8 @@ class Forward:
         derived: then, what derives from parameters alone, which may be an argument of a checkpoint.
         batched: then, what is of examples, which a checkpoint may read without having it for an argument.
         once: whether its graph can be run backward once only.
+        retains: whether the model has had a tensor retain its gradient.
+        fed: whether gradients go on from its inputs, to another forward perhaps.
         changed: whether such a hook has changed a gradient.
         functions: nodes of the user's autograd functions that operators have met, while examples are recorded.
         hooks: gradient hooks that were put on tensors of examples in it.
@@ -156,6 +158,8 @@ class Forward:
         self.derived: list[tuple[weakref.ref[Tensor], Shared]] = []
         self.batched: list[weakref.ref[Tensor]] = []
         self.once = False
+        self.retains = False
+        self.fed = False
         self.changed = False
         self.functions: list[Any] = []
         self.hooks: list[Suspect] = []

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from perex.capture.axis import NOBODY, Axis, Held, Label, Lost, Single, placed
 from perex.capture.carry import COUNTS, Operation, carry, known, tensors_in
@@ -22,7 +23,7 @@ per-example gradients: other parameters, and what derives from them. A stranger 
 that perex saw. What is counted is an integer or truth value over several examples. What is foreign is a constant that
 comes from nowhere that perex saw."""
 
-UNMARKED = (None, None, False)
+UNMARKED = (None, None, False, -1)
 
 SIZED_BY_VALUE = frozenset(
     "nonzero argwhere masked_select unique unique_consecutive pad_sequence _pad_packed_sequence sort argsort".split()
@@ -35,7 +36,7 @@ CONSTANT = "constant"
 """The label of what derives from untracked parameters, and is not a stranger for that."""
 
 
-EARLIER_VIEW = Lost("unknown", "a view was taken of a tensor before examples were written into it")
+EARLIER_VIEW = Lost("unknown", "examples were written into the memory of a tensor by way of another one, as a view")
 
 Mark = Axis | Single | Lost | Shared | str | None
 
@@ -70,20 +71,46 @@ class Labels:
         self.derived: dict[Entry, Tensor] = {}  # what derived tensors were made of, over the whole forward
         self.rewritten = False  # whether one of them was changed in place
         self.spoiled: dict[int, tuple[Lost, Tensor]] = {}  # memory into which a mixture of examples was written
-        self.blanks: dict[int, weakref.ref[Tensor]] = {}  # made like a batch, but nothing of it is in them yet
+        self.blanks: dict[int, StorageWeakRef] = {}  # memory made like a batch, with nothing of it in there yet
+        self.clock = 0  # how often a memory's label was changed
+        self.changes: dict[
+            int, tuple[int, StorageWeakRef]
+        ] = {}  # when that was, last; held weakly, it stays one memory
 
     def of(self, tensor: Tensor) -> Mark:
         """The label of a tensor in this forward."""
-        number, label, _ = getattr(tensor, self.key, UNMARKED)
+        number, label, _, when = getattr(tensor, self.key, UNMARKED)
+        if self.changes and self.outdated(tensor, when if number == self.number else -1):
+            return self.anew(tensor)
         if self.spoiled and not isinstance(label, Lost) and (found := self.spoiled.get(memory(tensor))):
             return found[0]
         if number == self.number:
             return label
         base = tensor._base  # a view taken before examples were written into what it is a view of
-        number, label, _ = UNMARKED if base is None else getattr(base, self.key, UNMARKED)
+        number, label, _, _ = UNMARKED if base is None else getattr(base, self.key, UNMARKED)
         if base is None or number != self.number:
             return None
         return label if isinstance(label, Axis) and whole_view(tensor, base) else EARLIER_VIEW
+
+    def outdated(self, tensor: Tensor, when: int) -> bool:
+        """Whether other examples than a tensor's label says were written into its memory since that was put on it."""
+        changed = self.changes.get(storage(tensor))
+        return changed is not None and when < changed[0]
+
+    def anew(self, tensor: Tensor) -> Mark:
+        """The label of a tensor whose memory was written to by way of another one."""
+        base = tensor._base
+        number, label, _, when = UNMARKED if base is None else getattr(base, self.key, UNMARKED)
+        if base is None or number != self.number or self.outdated(base, when):
+            return EARLIER_VIEW
+        if isinstance(label, (Single, Lost)):
+            return label
+        place = place_in(tensor, base) if isinstance(label, Axis) else None
+        if place is None or not isinstance(label, Axis):
+            return EARLIER_VIEW
+        dims, starts = place
+        whole = [d for d, dim in enumerate(dims) if dim == label.dim and tensor.size(d) == base.size(dim)]
+        return label.moved(whole[0]) if whole and starts[label.dim] == 0 else EARLIER_VIEW
 
     def batch_label(self, tensor: Tensor) -> Label:
         """The label, as far as examples are concerned."""
@@ -110,7 +137,7 @@ class Labels:
                 self.marked.append(weakref.ref(tensor))
             if isinstance(label, Shared):
                 label = label._replace(memory=memory(tensor))
-            setattr(tensor, self.key, (self.number, label, real))
+            setattr(tensor, self.key, (self.number, label, real, self.clock))
             if type(tensor) is not Tensor and (base := tensor._base) is not None and whole_view(tensor, base):
                 self.mark(base, label, real)  # what torch made, before it became one of another class
         elif hasattr(tensor, self.key):
@@ -125,13 +152,20 @@ class Labels:
         """Whether this is the label of spoiled memory, whose tensors nobody watches."""
         return any(found is label for found, _ in self.spoiled.values())
 
+    def blanked(self, tensor: Tensor) -> None:
+        """Remember that a tensor was made like a batch, as by `zeros_like`, and holds nothing of it."""
+        if (key := storage(tensor)) >= 0:
+            self.blanks[key] = StorageWeakRef(tensor.untyped_storage())
+
     def blank(self, tensor: Tensor) -> bool:
-        """Whether a tensor was made like a batch (`zeros_like`), and holds nothing of it yet; asked once."""
-        ref = self.blanks.pop(id(tensor), None)
-        return ref is not None and ref() is tensor
+        """Whether a tensor was made like that and holds nothing of a batch yet; asked when it is written to."""
+        return bool(self.blanks) and self.blanks.pop(storage(tensor), None) is not None
 
     def rewrite(self, tensor: Tensor, label: Mark) -> None:
         """Label a tensor that was changed in place, and the tensor that it is a view of."""
+        if self.of(tensor) != label and (key := storage(tensor)) >= 0:
+            self.clock += 1
+            self.changes[key] = self.clock, StorageWeakRef(tensor.untyped_storage())
         self.mark(tensor, label)
         base = tensor._base
         if base is None or label is None or isinstance(label, Shared):
@@ -178,6 +212,7 @@ class Labels:
                 self.mark(tensor, None)
         self.marked.clear()
         self.spoiled.clear()
+        self.changes.clear()
 
     def batched(self) -> list[weakref.ref[Tensor]]:
         """What is of examples."""
@@ -293,6 +328,13 @@ class Labels:
         operation.trial = True
         found = carry(operation, func)
         return found if isinstance(found, list) else [found] * len(produced)
+
+
+def storage(tensor: Tensor) -> int:
+    """What tells a tensor's memory from others, also from some that takes its place later, if it is weakly held."""
+    if tensor.layout != torch.strided or not torch._C._has_storage(tensor):
+        return -1
+    return int(tensor.untyped_storage()._cdata)
 
 
 def memory(tensor: Tensor) -> int:

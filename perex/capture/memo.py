@@ -105,6 +105,8 @@ class Memo:
         """All that labels and rules depend on, None where that is more than this says; and where parameters are."""
         form: list[Any] = [func, labels.batch]
         places: list[Place] = []
+        if "out" in kwargs or labels.blanks and in_place(func):
+            return None, places
         entries, number = labels.parameters.entries, 0
         given: Iterable[tuple[int | str, Any]] = (*enumerate(args), *kwargs.items()) if kwargs else enumerate(args)
         for key, value in given:

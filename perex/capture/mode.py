@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -131,6 +130,7 @@ class Capture(TorchFunctionMode):
         if types and (out := by_holders(self, func, types, args, kwargs)) is not NotImplemented:
             return out
         if func in PASSED_OVER:
+            self.forward.retains = self.forward.retains or func is Tensor.retain_grad
             return func(*args, **kwargs)
         if self.record is None:
             return self.handle(func, args, kwargs)
@@ -281,19 +281,21 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Run an operator without wanted gradients, and label its results; what is made of a stranger is one."""
         strange = bool(kinds & STRANGER)
-        before = self.labels.batch_label(args[0]) if in_place(func) and args and isinstance(args[0], Tensor) else None
+        targets = args[:1] if in_place(func) else tensors_in(kwargs["out"]) if kwargs.get("out") is not None else ()
+        written = {id(tensor): self.labels.batch_label(tensor) for tensor in targets if isinstance(tensor, Tensor)}
+        blank = [self.labels.blank(tensor) for tensor in targets if isinstance(tensor, Tensor)]
         if stand_ins:
             out = self.run(func, args, kwargs, detach=False)
         else:
             out = func(*args, **kwargs)
         produced = tensors_in(out)
-        if before is not None and func in WRITES_ROWS and self.labels.blank(args[0]):
+        if func in WRITES_ROWS and any(blank) and written[id(args[0])] is not None:
             marks = [(tensor, None if tensor is args[0] else mark) for tensor, mark in marks]
         for tensor, label in zip(
             produced, self.labels.of_results(func, args, kwargs, out, produced, marks), strict=True
         ):
             if func in BLANKS and isinstance(label, Axis):
-                self.labels.blanks[id(tensor)] = weakref.ref(tensor)
+                self.labels.blanked(tensor)
             if torch.is_grad_enabled():
                 if isinstance(label, Lost):
                     label = self.refuse.placed(label)
@@ -302,14 +304,14 @@ class Capture(TorchFunctionMode):
                     hooked = any(mark is label and source.requires_grad for source, mark in marks)
                     if not hooked or self.labels.spoils(label):
                         self.watch(tensor, label)
-            if not (in_place(func) and args and tensor is args[0]):
+            if id(tensor) not in written:
                 made_of_own = tensor.grad_fn is not None or tensor._base is not None
                 mark = CONSTANT if label is None and made_of_own and not strange else label
                 if mark is None and not kinds & (FOREIGN | STRANGER):
                     self.doubts.made([tensor])
                 whole = not tensor.is_floating_point()
                 self.labels.mark(tensor, mark, whole and self.labels.from_real(plain_name(func), marks))
-            elif label != before:
+            elif label != written[id(tensor)]:
                 self.labels.rewrite(tensor, label)
             if isinstance(label, Lost) and label.kind not in ("reduced", *COUNTS) and in_place(func):
                 self.labels.spoil(tensor, label)
@@ -372,6 +374,7 @@ class Capture(TorchFunctionMode):
             before = target.clone()  # the rule may read it again, and the target is about to change
             self.labels.mark(before, self.labels.of(target))
             written = self.meeting.operator(replacement, (before, *args[1:]), kwargs)
+        self.labels.blank(target)
         target.copy_(written)
         self.labels.rewrite(target, self.labels.of(written))
         return target

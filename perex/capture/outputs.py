@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from perex.capture.axis import Axis, Held, Lost, Single
 from perex.capture.inputs import packed_in
@@ -18,73 +15,104 @@ from perex.capture.mode import Capture
 from perex.capture.nest import map_tensors, tensors_of
 from perex.capture.parameters import Parameters, Shared
 from perex.capture.sharding import EXIT, Exit
+from perex.capture.suspects import nodes
 from perex.errors import UnsupportedError
 from perex.rules.broadcast import returned
 
 
-class Output:
+class Output(NamedTuple):
     """One that gradients come through.
 
-    A node of a Python function is held weakly: a graph that nobody else holds goes, with all that it has saved.
-
-    Args:
-        tensor: what the model returned.
+    Attributes:
+        edge: where it is in the graph.
         axis: where the examples are in it.
     """
 
-    __slots__ = "axis", "node", "number"
+    edge: GradientEdge
+    axis: Held
 
-    def __init__(self, tensor: Tensor, axis: Held) -> None:
-        self.axis, self.number = axis, tensor.output_nr
-        self.node: Callable[[], Any]
-        if issubclass(type(tensor.grad_fn), BackwardCFunction):
-            self.node = weakref.ref(tensor.grad_fn)
-        else:
-            edge = get_gradient_edge(tensor)
-            self.node = lambda: edge.node
 
-    @property
-    def edge(self) -> GradientEdge:
-        """Where it is in the graph, as long as there is a graph."""
-        return GradientEdge(self.node(), self.number)
+class Place(NamedTuple):
+    """What an output's node in the graph is told, for each of its results.
+
+    Attributes:
+        forward: the number of the forward that it is of.
+        output: the output's number.
+        axis: where the examples are in it.
+    """
+
+    forward: int
+    output: int
+    axis: Held
 
 
 class Outputs:
     """Remembers the outputs of the latest forwards.
 
+    Nodes of the graph are not held: a graph that nobody else holds goes, with all that it has saved. So what is known
+    of an output is left with its node, as `node.metadata`, and found there by who comes from the losses.
+
     Args:
         parameters: the model's parameters.
         batch_dim: the dimension that holds the examples.
+        key: under which nodes hold that.
 
     Attributes:
         labels: each output of the latest forward, and where the examples are in it.
-        edges: for each forward since the last backward (two at most), its number and its outputs in the graph; see
-            `alive`.
+        kinds: for each forward since the last backward (two at most), its outputs' nodes, by name, and these axes.
     """
 
-    def __init__(self, parameters: Parameters, batch_dim: int) -> None:
+    def __init__(self, parameters: Parameters, batch_dim: int, key: str) -> None:
         self.parameters = parameters
         self.batch_dim = batch_dim
+        self.key = key
         self.labels: list[tuple[weakref.ref[Tensor], Held | Lost]] = []
-        self.edges: list[tuple[int, list[Output]]] = []
+        self.kinds: dict[int, list[tuple[str, Held]]] = {}
+
+    # Where they are in the graph
+
+    def place(self, node: Any, number: int) -> Place | None:
+        """What is known of a node's result, if it is an output since the last backward."""
+        known = None if node is None else node.metadata.get(self.key)
+        found = None if known is None else known.get(number)
+        return found if found is not None and found.forward in self.kinds else None
+
+    def __contains__(self, result: tuple[Any, int]) -> bool:
+        """Whether a node's result is an output since the last backward."""
+        return self.place(*result) is not None
+
+    def __getitem__(self, result: tuple[Any, int]) -> Held:
+        """Where the examples are in a node's result that is an output."""
+        place = self.place(*result)
+        if place is None:
+            raise KeyError(result)
+        return place.axis
+
+    def behind(self, losses: Tensor) -> dict[int, list[Output]]:
+        """For each forward since the last backward, its outputs that losses depend on, in order."""
+        found = [
+            (place.forward, place.output, Output(GradientEdge(node, number), place.axis))
+            for node in nodes([losses.grad_fn])
+            for number in node.metadata.get(self.key, ())
+            if (place := self.place(node, number)) is not None
+        ]
+        return {
+            forward: [output for of, _, output in sorted(found, key=lambda one: one[1]) if of == forward]
+            for forward in self.kinds
+        }
 
     def finish(self, capture: Capture, out: Any) -> Any:
         """Take up what a model returns, and give out what it is to return in its place."""
         if any(isinstance(capture.labels.of(tensor), Shared) for tensor in tensors_of(out)):
             out = self.tap_shared(capture, out)
-        if self.parameters.sharded or type(out) in (Tensor, tuple, dict):
-            out = self.behind_exits(capture, out)
+        if self.parameters.sharded:
+            out = self.behind_hooks(capture, out)
         self.take(capture, out)
         return out
 
-    def alive(self) -> dict[int, list[Output]]:
-        """Of each forward whose graph there still is, its outputs in there."""
-        found = {number: [output for output in outputs if output.node() is not None] for number, outputs in self.edges}
-        return {number: outputs for number, outputs in found.items() if outputs}
-
     def clear(self) -> None:
         """Forget them."""
-        self.labels, self.edges = [], []
+        self.labels, self.kinds = [], {}
 
     def tap_shared(self, capture: Capture, out: Any) -> Any:
         """What a model returns, with outputs that derive from parameters alone tapped as rows of the examples.
@@ -107,19 +135,12 @@ class Outputs:
 
         return map_tensors(tapped, out)
 
-    def behind_exits(self, capture: Capture, out: Any) -> Any:
-        """What a model returns, with an `Exit` behind each tensor of a sharded one, and else where it does no harm.
-
-        That is a node that can be held weakly; see `Output`.
-        """
-        tensors = tensors_of(out)
-        uses = Counter(map(memory, tensors)) if len(tensors) > 1 else Counter()
+    def behind_hooks(self, capture: Capture, out: Any) -> Any:
+        """What a sharded model returns, each tensor behind an `Exit`."""
 
         def behind(tensor: Tensor) -> Tensor:
             label = capture.labels.of(tensor)
             if not isinstance(label, (Axis, Single)) or not tensor.requires_grad:
-                return tensor
-            if not self.parameters.sharded and (uses[memory(tensor)] > 1 or not exits(tensor)):
                 return tensor
             passed: Tensor = Exit.apply(tensor)
             capture.labels.mark(passed, label)
@@ -130,8 +151,9 @@ class Outputs:
     def take(self, capture: Capture, out: Any) -> None:
         """Remember where the examples are in the outputs; refuse those in which they are mixed, or may be."""
         self.labels = []
-        edges: list[Output] = []
-        self.edges = [*list(self.alive().items())[-1:], (capture.forward.number, edges)]
+        kinds: list[tuple[str, Held]] = []
+        number = capture.forward.number
+        self.kinds = {**dict(list(self.kinds.items())[-1:]), number: kinds}
         packed = {id(sequence.data) for sequence in packed_in(out)}
         tensors = tensors_of(out)
         marks = [capture.labels.of(tensor) for tensor in tensors]
@@ -161,8 +183,10 @@ class Outputs:
             if capture.forward.record is not None:
                 capture.forward.record.returned(tensor, capture.labels.batch_label(tensor))
             audited = not self.parameters.sharded or tensor.grad_fn is not None and tensor.grad_fn.name() == EXIT
-            if isinstance(label, (Axis, Single)) and tensor.requires_grad and audited:
-                edges.append(Output(tensor, label))
+            if isinstance(label, (Axis, Single)) and tensor.grad_fn is not None and audited:
+                node: Any = tensor.grad_fn
+                node.metadata.setdefault(self.key, {})[tensor.output_nr] = Place(number, len(kinds), label)
+                kinds.append((node.name(), label))
             if isinstance(label, (Axis, Single, Lost)):
                 self.labels.append((weakref.ref(tensor), label))
             if isinstance(label, Axis) and label.dim != self.batch_dim and capture.ambiguous is not None:
@@ -176,16 +200,3 @@ class Outputs:
             if label.kind == "reduced" and (tensor.dim() or capture.doubts.counted is not None):
                 why = label if capture.doubts.counted is None else capture.doubts.counted
                 capture.watch(tensor, why, always=True)
-
-
-def memory(tensor: Tensor) -> int:
-    """What tells one piece of memory from others."""
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
-
-
-def exits(tensor: Tensor) -> bool:
-    """Whether an output's node has to be held, so that another one is better, and can be put behind it."""
-    node = tensor.grad_fn
-    if node is None or issubclass(type(node), BackwardCFunction) or type(tensor) is not Tensor or tensor._is_view():
-        return False
-    return tensor.layout == torch.strided and not torch._C._are_functorch_transforms_active()

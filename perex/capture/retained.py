@@ -15,11 +15,13 @@ from torch import Tensor
 def retained() -> list[Tensor]:
     """All tensors that retain their gradients. Only the collector knows of those that were made behind the model."""
     objects = gc.get_objects()
-    kinds, found, place = list(map(type, objects)), list[Tensor](), -1
-    with contextlib.suppress(ValueError):  # a loop in C: there are hundreds of thousands
-        while True:
-            place = kinds.index(Tensor, place + 1)
-            found.append(objects[place])
+    kinds, found = list(map(type, objects)), list[Tensor]()
+    for kind in {kind for kind in set(kinds) if issubclass(kind, Tensor)}:
+        place = -1
+        with contextlib.suppress(ValueError):  # loops in C: there are hundreds of thousands
+            while True:
+                place = kinds.index(kind, place + 1)
+                found.append(objects[place])
     return [tensor for tensor in found if tensor.requires_grad and tensor.retains_grad]
 
 

@@ -92,7 +92,7 @@ class Session:
         self.auditor = Auditor(audit)
         self.memo = Memo()
         self.parameters = Parameters(model, params, param_grads, receiver.untapped)
-        self.outputs = Outputs(self.parameters, batch_dim)
+        self.outputs = Outputs(self.parameters, batch_dim, self.key)
         try:
             self.undo = hook(model, self.enter, self.leave)
         except AttachError:
@@ -148,8 +148,10 @@ class Session:
         if MODULES and self.capture is not None and self.capture.opaque is None:
             self.open_module(frame, module, args, kwargs)
 
-    def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any = None) -> Any:
         """After a module's forward, also when it raised; may replace what it returned."""
+        if self.closed:  # meanwhile, by a hook of the user's, and torch has lost its way with the arguments
+            return None
         other_thread = threading.get_ident() != self.thread
         if self.auditor.running or not self.running or other_thread or not self.frames or self.frames[-1].path != path:
             return None
@@ -184,7 +186,8 @@ class Session:
             if frame.begins:
                 self.end()
         if frame.begins and capture is not None and out is not None:
-            self.auditor.look(capture.forward, self.outputs, self.parameters)
+            ends = [tensor.grad_fn for tensor in tensors_of(out) if (tensor.grad_fn, tensor.output_nr) in self.outputs]
+            self.auditor.look(capture.forward, ends, self.parameters)
         return result
 
     def begin(self, frame: Frame, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -223,6 +226,7 @@ class Session:
         assert capture is not None
         self.capture = capture
         capture.inputs = inputs
+        capture.forward.fed = capture.forward.fed or any(tensor.grad_fn is not None for tensor in inputs)
         batch = capture.forward.batch
         for tensor in inputs:
             known = outputs.get(id(tensor)) if goes_on else None

@@ -49,10 +49,10 @@ def leave_last(module: nn.Module) -> None:
 
 
 class Exit(torch.autograd.Function):
-    """Behind an output of a model, for a node that the audit of losses can stop at.
+    """Behind an output of a sharded model.
 
-    `fully_shard` gathers parameters in a hook on the output. The audit must not run that hook: it would do so on one
-    rank alone, and the others would wait for ever. So it stops here, behind it.
+    `fully_shard` gathers parameters in a hook on the output. The audit of losses must not run that hook: it would do so
+    on one rank alone, and the others would wait for ever. So it stops here, behind it.
     """
 
     @staticmethod

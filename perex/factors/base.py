@@ -78,6 +78,10 @@ class Factor(ABC):
         """
         return None
 
+    def precise(self, example: int) -> Tensor:
+        """One example's $G_b$ in float64, multiplied out in it where that is how it is made: terms may cancel."""
+        return double(self.dense(example, example + 1)[0])
+
     def summed(self) -> Tensor:
         r"""$\sum_b G_b$, if `squared_norm` has left it there, or else multiplied out.
 
@@ -242,3 +246,8 @@ class Factor(ABC):
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of examples whose multiplied-out gradients fit in one block."""
         return example_blocks(self.batch, math.prod(self.shape))
+
+
+def double(tensor: Tensor) -> Tensor:
+    """A tensor in float64, or the complex numbers of it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perex.factors.base import Factor
+from perex.factors.base import Factor, double
 from perex.factors.terms import Terms
 from perex.kernels import outer as kernel
 from perex.kernels import sums
@@ -97,6 +97,11 @@ class Outer(Factor):
         if self.left.shape[1] == 1:
             return None
         return kernel.lengths(self.left, (1, 2)) * kernel.lengths(self.right, (1, 2))
+
+    def precise(self, example: int) -> Tensor:
+        """See `Factor.precise`."""
+        one = slice(example, example + 1)
+        return Outer(double(self.left[one]), double(self.right[one]), self.shape).dense(0, 1)[0]
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         r"""$\sum_{bt} w_b l_{bt} r_{bt}^\top$, one matrix product; the narrower side takes the weights."""

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perex.factors.base import Factor
+from perex.factors.base import Factor, double
 from perex.factors.terms import Terms
 from perex.kernels import sums
 from perex.kernels.blocks import example_blocks
 from perex.kernels.convolution import BACKEND, multiplied_out, plan, squares_of
 from perex.kernels.geometry import Geometry, by_group, convolved, measures, patches, weight_gradient
+from perex.kernels.outer import lengths
 from perex.kernels.plan import Plan
 
 
@@ -101,6 +102,16 @@ class Patches(Factor):
         if self.x.shape[1:] != other.x.shape[1:] or self.grads.shape[1:] != other.grads.shape[1:]:
             return None
         return Patches(torch.cat((self.x, other.x)), torch.cat((self.grads, other.grads)), self.geometry)
+
+    def sizes(self) -> Tensor | None:
+        r"""See `Factor.sizes`: $\sum_p \|g_p\| \|u_p\| \le \sqrt K \|g\| \|x\|$, for K places of the kernel."""
+        places = math.prod(self.shape[2:])
+        return lengths(self.x.flatten(1), 1) * lengths(self.grads.flatten(1), 1) * places**0.5
+
+    def precise(self, example: int) -> Tensor:
+        """See `Factor.precise`."""
+        one = slice(example, example + 1)
+        return Patches(double(self.x[one]), double(self.grads[one]), self.geometry).dense(0, 1)[0]
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See `Factor.weighted_sum`: one call of the backend for all examples; the narrower side takes the weights."""

@@ -83,6 +83,10 @@ class Total(Factor):
         known = [size for size in sizes if size is not None]
         return torch.stack(known).sum(0) if known else None
 
+    def precise(self, example: int) -> Tensor:
+        """See `Factor.precise`."""
+        return added(factor.precise(example) for factor in self.factors)
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See `Factor.weighted_sum`."""
         return added(factor.weighted_sum(weights) for factor in self.factors)

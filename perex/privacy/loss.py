@@ -300,7 +300,8 @@ class PrivateCriterion:
         if self.reduction == "mean" and len(losses):
             value = value / len(losses)
         forwards = forwards_behind([losses], self._origin.receiver()) or {self._origin.latest()}
-        made = PrivateLoss.of(losses, value, self._origin, frozenset(forwards), self._rows.doubtful)
+        doubtful = self._rows.doubtful or any(forward.fed for forward in forwards)
+        made = PrivateLoss.of(losses, value, self._origin, frozenset(forwards), doubtful)
         loss: PrivateLoss = made
         return loss
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,14 @@ from perex.capture.forward import Forward
 from perex.capture.suspects import nodes
 from perex.privacy.errors import PrivacyError
 
-Edges = Mapping[tuple[Any, int], Held]
-"""Where the examples are in a model's outputs, by node and place in the graph."""
+
+class Edges(Protocol):
+    """Where the examples are in a model's outputs, by node and place in the graph."""
+
+    def __contains__(self, result: tuple[Any, int]) -> bool: ...
+
+    def __getitem__(self, result: tuple[Any, int]) -> Held: ...
+
 
 RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 """Nodes that keep numbers in order, and know the shape they came in."""
@@ -134,10 +140,23 @@ def is_apart(tensor: Tensor, batch: int, edges: Edges) -> bool:
         sources = [source for source in node.next_functions if source[0] is not None] if node is not None else []
         if node is None or not sources or len(sources) > 1 and node.name() not in TOGETHER:
             return False
-        if node.name() not in (*RESHAPES, *ROW_BY_ROW, *TOGETHER) and not is_along_others(node):
+        shape = shape_of(node, number)
+        if not shape or shape[0] % batch:  # a row of several examples'
+            return False
+        if node.name() in (*ROW_BY_ROW, *TOGETHER):
+            others = [shape_of(*source) for source in sources]
+            if any(len(other) != len(shape) or other[0] != shape[0] for other in others):  # a row for each column
+                return False
+        elif node.name() not in RESHAPES and not is_along_others(node):
             return False
         waiting += sources
     return True
+
+
+def shape_of(node: Any, number: int) -> tuple[int, ...]:
+    """The shape of a node's result; of one that does not say, that of a number."""
+    known = getattr(node, "_input_metadata", ())
+    return tuple(known[number].shape) if number < len(known) else ()
 
 
 def is_along_others(node: Any) -> bool:
