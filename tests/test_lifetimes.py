@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import weakref
 from collections import Counter
@@ -286,3 +287,41 @@ def test_outputs_that_share_memory_are_changed_in_place(param_grads):
         for _ in range(2):
             px.backward(shared(model, x))
             assert torch.allclose(px.norms(), expected)
+
+
+def test_a_refusal_that_is_caught_keeps_nothing():
+    """An error that is kept holds no frames: these hold the losses, and they the graph that keeps it."""
+
+    def step() -> weakref.ref[nn.Module]:
+        model = net()
+        with perex.attach(model) as px:
+            loss = losses(model(x)).mean() + model[0].weight.square().sum()  # a use that nobody saw
+            loss.backward()
+            for _ in range(2):
+                with contextlib.suppress(perex.UnsupportedError):
+                    px.norms()
+                    raise AssertionError
+        return weakref.ref(model)
+
+    step()
+    gone = step()
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_copy_of_the_handle_is_the_handle():
+    model = net()
+    px = perex.attach(model)
+    px.backward(losses(model(x)))
+    other = copy.copy(px)
+    assert other is px
+    del other
+    assert px.norms().shape == (B,)
+
+
+def test_a_hook_detaches():
+    model = net()
+    px = perex.attach(model)
+    model[1].register_forward_hook(lambda *_: px.detach())
+    assert model(x).shape == (B, 4)
+    assert model(x).shape == (B, 4)

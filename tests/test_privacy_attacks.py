@@ -608,3 +608,96 @@ def test_vectors_that_may_be_shared():
     loss_of(model(x[:3]), y[:3], real(3)).backward()
     loss_of(model(x), y, real(B)).backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [lambda out: out / out.sum(1), lambda out: out * out.mean(1), lambda out: out.view(2, 8).softmax(1).view(4, 4)],
+)
+def test_rows_that_meet_others_columns(mixing):
+    """As many columns as examples: a number for each row would be for each column. In any batch."""
+    model, criterion = nn.Linear(3, 4).double(), nn.CrossEntropyLoss()
+    x, y = real(4, 3), ids(4, high=4)
+    model, optimizer, loss_of, _ = private(model, criterion)
+    loss_of(model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(perex.ExamplesMixError):
+        loss_of(mixing(model(x)), y).backward()
+
+
+def test_examples_that_mix_between_two_forwards():
+    """In a later batch than the first."""
+    model, criterion = nn.Linear(3, 3).double(), nn.MSELoss()
+    x, y = real(4, 3), real(4, 3)
+    model, optimizer, loss_of, _ = private(model, criterion)
+    loss_of(model(model(x).cumsum(1)), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(perex.ExamplesMixError):
+        loss_of(model(model(x).cumsum(0)), y).backward()
+
+
+@pytest.mark.parametrize("memory", ["high", "low"])
+@pytest.mark.parametrize("size", [1e7, 1e10])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular"),
+        lambda: nn.Conv1d(8, 64, 1),
+        lambda: nn.ConvTranspose1d(8, 8, 1),
+    ],
+)
+def test_convolutions_whose_positions_cancel(layer, size, memory):
+    """A short gradient of long terms: these must not leave their rounding in the sum."""
+    torch.manual_seed(0)
+    model = Of(lambda m, x: m.conv(x) - m.conv(x).mean(2, keepdim=True), conv=layer())
+    x = torch.randn(6, 8, 32)
+    x[-1] = size * (1 + 1e-3 * torch.randn(8, 1)).expand(8, 32)
+    y = torch.randn(6, *model(x[:1]).shape[1:])
+    sums = []
+    for several in (x, x[:-1]):
+        private_model, optimizer, loss_of, _ = private(copy.deepcopy(model), nn.MSELoss(), memory=memory)
+        loss_of(private_model(torch.randn(6, 8, 32)), y).backward()  # an ordinary batch, which is checked
+        optimizer.zero_grad()
+        loss_of(private_model(several), y[: len(several)]).backward()
+        sums.append(grads(private_model))
+    assert float((sums[0] - sums[1]).norm()) <= C * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("make", [list, tuple, lambda t: torch.tensor(t).numpy()])
+def test_lists_of_a_number_for_each_example(make):
+    """Each example would be given all of them."""
+
+    def longest(out: Tensor, y: Tensor, lengths: Any) -> Tensor:
+        return (out - y).square().mean() * max(lengths)
+
+    model, x, y = nn.Linear(4, 3).double(), real(B, 4), real(B, 3)
+    model, optimizer, loss_of, _ = private(model, longest)
+    with pytest.raises(PrivacyError, match=f"of {B} numbers, as many as there are examples"):
+        loss_of(model(x), y, make([1.0] * B))
+    loss_of(model(x[:3]), y[:3], make([1.0] * B)).backward()  # shared, then
+    loss_of(model(x), y, make([1.0] * B)).backward()
+
+
+def test_bounds_that_change_within_a_step():
+    model, x, criterion, y = simple()
+    model, optimizer, loss_of, _ = private(model, criterion)
+    loss_of(model(x), y).backward()
+    optimizer.max_grad_norm = C / 2
+    with pytest.raises(PrivacyError, match="`max_grad_norm` has changed since the first backward of this step"):
+        optimizer.step()
+    optimizer.zero_grad()
+    loss_of(model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.max_grad_norms = [C] * len(optimizer.params)  # as schedulers leave bounds by layer
+    with pytest.raises(PrivacyError, match="schedulers of clipping know nothing of bounds by layer"):
+        loss_of(model(x), y).backward()
+
+
+def test_complex_parameters_are_refused():
+    model = nn.Linear(4, 3)
+    model.weight = nn.Parameter(model.weight.detach().to(torch.cdouble))
+    with pytest.raises(PrivacyError, match="complex"):
+        private(model, nn.MSELoss())

@@ -76,6 +76,18 @@ def test_a_second_weighted_run_leaves_them_alone(param_grads):
             assert_kept(tensors, grads)
 
 
+@pytest.mark.parametrize("audit", [True, False])
+def test_a_second_run_where_they_retain_from_a_later_step_on(audit):
+    model, grads = expected()
+    with perex.attach(model, memory="low", audit=audit) as px:
+        for step in range(3):
+            losses, tensors = forward(model)
+            px.backward(losses)
+            px.clip_(1e-3)
+            if step:
+                assert_kept(tensors, grads)
+
+
 def test_they_add_up_as_ever():
     """Where the user runs two backwards of one graph."""
     model, grads = expected()

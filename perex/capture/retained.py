@@ -9,6 +9,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 
@@ -22,16 +23,19 @@ def retained() -> list[Tensor]:
             while True:
                 place = kinds.index(kind, place + 1)
                 found.append(objects[place])
-    return [tensor for tensor in found if tensor.requires_grad and tensor.retains_grad]
+    with torch._C.DisableTorchFunction():  # nobody's class is to hear of that
+        return [tensor for tensor in found if tensor.requires_grad and tensor.retains_grad]
 
 
 @contextlib.contextmanager
 def spared() -> Iterator[list[Tensor]]:
     """Put back the gradients that tensors have retained, whatever runs backward meanwhile."""
     tensors = retained()
-    before = [tensor.grad for tensor in tensors]  # autograd replaces them
+    with torch._C.DisableTorchFunction():
+        before = [tensor.grad for tensor in tensors]  # autograd replaces them
     try:
         yield tensors
     finally:
-        for tensor, grad in zip(tensors, before, strict=True):
-            tensor.grad = grad
+        with torch._C.DisableTorchFunction():
+            for tensor, grad in zip(tensors, before, strict=True):
+                tensor.grad = grad

@@ -201,6 +201,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "that moves it by more than one example's bound. Keep trained parameters in float32, and use "
                 "torch.autocast to compute in half precision"
             )
+        if any(p.is_complex() for p in trained):
+            raise PrivacyError(
+                "a trained parameter is complex, and Opacus's noise for it has half the variance in each real number. "
+                "Train its real and imaginary parts as two parameters (torch.complex)"
+            )
         total = max_grad_norm if bounds is None else float(torch.tensor(bounds, device="cpu").norm())
         sharded = any(type(p.data).__name__ == "DTensor" for p in trained)
         kind = ShardedPrivateOptimizer if sharded else DistributedPrivateOptimizer if distributed else PrivateOptimizer

@@ -289,6 +289,7 @@ class PrivateCriterion:
                 "as another one than the first has rows. Let the model hold what all examples share, and let every "
                 "other input have the examples in the same dimension; or leave out batches of one"
             )
+        self._rows.refuse_lists((*enumerate(args), *kwargs.items()), batch)
         self._losses.refusals = self._rows.refusals(values, batch, self._origin.edges())
         try:
             losses = self._losses(args, kwargs, batch)

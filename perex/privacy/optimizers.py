@@ -47,10 +47,12 @@ class PrivateSteps:
 
     original_optimizer: Any
     noise_multiplier: float
+    max_grad_norm: float
     _held: dict[nn.Parameter, Tensor]  # what `.grad` is to be
     _stamps: dict[nn.Parameter, tuple[int, float]]  # of these, unless they are copies
     _sums: dict[nn.Parameter, Tensor]  # of a logical batch
     _scale: Tensor  # of `_held`
+    _bounds: tuple[float, ...] = ()  # that the gradients of this step are clipped to
     _turn: nn.Parameter | None = None
     _ready = False
     _backwards = _most = 0  # since the last step; the most between two steps, skipped ones included
@@ -103,10 +105,32 @@ class PrivateSteps:
 
     def wrote(self, scale: Tensor) -> None:
         """Take up that a private backward has added to `.grad`, which is scaled so."""
+        if not self._backwards and not self._sums:
+            self._bounds = self.bounds()
+        self.expect_bounds("loss.backward()")
         self._ready, self._scale = True, scale
         self._backwards += 1
         self._held = {p: p.grad.clone() if self.scaled else p.grad for p in self.params if p.grad is not None}
         self._stamps = {} if self.scaled else stamps_of(self._held)
+
+    def bounds(self) -> tuple[float, ...]:
+        """What gradients are clipped to: as a whole, and by parameter, if so."""
+        return float(self.max_grad_norm), *map(float, getattr(self, "max_grad_norms", None) or ())
+
+    def expect_bounds(self, what: str) -> None:
+        """Raise if noise would be made for other bounds than gradients were clipped to."""
+        whole, *each = self.bounds()
+        if (whole, *each) != self._bounds:
+            raise PrivacyError(
+                f"{what}: `max_grad_norm` has changed since the first backward of this step, and noise would be made "
+                "for another bound than gradients were clipped to. Change it, or call its scheduler's `step()`, after "
+                "a step that was taken and `optimizer.zero_grad()`"
+            )
+        if sum(bound**2 for bound in each) ** 0.5 > whole * (1 + 1e-6):
+            raise PrivacyError(
+                f"{what}: the optimizer's `max_grad_norms` are more than its `max_grad_norm` together, which noise is "
+                "made for: schedulers of clipping know nothing of bounds by layer. Change both"
+            )
 
     def forget(self) -> None:
         """Let go of all that no noise was added to."""
@@ -123,6 +147,7 @@ class PrivateSteps:
         if self.scaled:
             held = {parameter: unscaled(sums, self._scale) for parameter, sums in held.items()}
         self.expect_none("optimizer.step()", held)
+        self.expect_bounds("optimizer.step()")
         for parameter in self.params:
             if parameter.grad is None or parameter not in held:
                 raise PrivacyError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +75,7 @@ class RowCheck:
 
     def __init__(self) -> None:
         self.known: set[tuple[int, int]] = set()  # places whose tensors have turned out to be of the examples
+        self.lengths: dict[int | str, int] = {}  # of lists of numbers among the arguments
         self.doubtful = False  # whether examples may be mixed between the model and the latest arguments
 
     def refusals(self, values: Sequence[Tensor], batch: int, edges: Edges) -> dict[int, Exception]:
@@ -110,6 +112,31 @@ class RowCheck:
                 else:
                     self.known.add((len(values), place))
         return refused
+
+    def refuse_lists(self, arguments: Iterable[tuple[int | str, Any]], batch: int) -> None:
+        """Raise if a list or an array among the arguments may hold a number of each example: all would get all of it.
+
+        One that once had another length than the batch is shared.
+        """
+        for place, value in arguments:
+            count = how_many(value)
+            if count is None or batch < 2 or self.lengths.get(place, batch) != batch:
+                continue
+            if count != batch:
+                self.lengths[place] = -1
+                continue
+            raise PrivacyError(
+                f"criterion: a {type(value).__name__} of {batch} numbers, as many as there are examples, would go to "
+                "each example as a whole. Hand over a tensor, whose rows are the examples'; if it is shared, make it "
+                "part of the criterion (functools.partial, or an attribute)"
+            )
+
+
+def how_many(value: Any) -> int | None:
+    """How many numbers a list, tuple or array holds, or rows of them; None of what is neither."""
+    if isinstance(value, (list, tuple)) and not any(isinstance(item, Tensor) for item in value):
+        return len(value)
+    return len(value) if isinstance(value, np.ndarray) and value.ndim else None
 
 
 def in_order(tensor: Tensor, batch: int, edges: Edges) -> bool:

@@ -67,8 +67,8 @@ def embedding_bag(captured: Captured) -> dict[str, Factor]:
     share = share * present.unsqueeze(2)
     spread = torch.where(share != 0, grads.unsqueeze(1) * share, 0)  # (N, L, d)
     axis, batch = captured.call.out_axes[0], captured.batch
-    by_example = axis.front(spread, batch).reshape(batch, -1, weight.shape[1])
-    ids = axis.front(ids, batch).reshape(batch, -1)
+    by_example = axis.front(spread, batch).flatten(1, -2)
+    ids = axis.front(ids, batch).flatten(1)
     return {"weight": Rows(ids, by_example, weight.shape)}
 
 
