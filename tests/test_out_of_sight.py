@@ -203,6 +203,14 @@ def test_mixtures_from_there_are_refused(case, own, param_grads):
         norms(model, own, param_grads)
 
 
+def joined_in_place(m: Net, h: Tensor) -> Tensor:
+    """As keys are put together in multi-head latent attention."""
+    whole = h.new_empty(len(h), D)
+    whole[..., :2].copy_(h[:, :2])
+    whole[..., 2:].copy_(m.b(h)[:, 2:])
+    return whole.tanh()
+
+
 def own_buffer(m: Net, h: Tensor) -> Tensor:
     m.bank[: len(h)] = h.detach()
     return h + m.bank[: len(h)] * 0.5
@@ -218,6 +226,7 @@ def pieces(m: Net, h: Tensor) -> Tensor:
 
 WRITTEN = {
     "a buffer": own_buffer,
+    "parts of an empty tensor": joined_in_place,
     "pieces": pieces,
     "`out=`": lambda m, h: h + torch.mul(h.detach(), 2, out=h.new_empty(0)),
 }

@@ -163,19 +163,22 @@ class Labels:
 
     def rewrite(self, tensor: Tensor, label: Mark) -> None:
         """Label a tensor that was changed in place, and the tensor that it is a view of."""
+        base = tensor._base
+        held = None if base is None else self.of(base)
         if self.of(tensor) != label and (key := storage(tensor)) >= 0:
             self.clock += 1
             self.changes[key] = self.clock, StorageWeakRef(tensor.untyped_storage())
         self.mark(tensor, label)
-        base = tensor._base
-        if base is None or label is None or isinstance(label, Shared):
+        if base is None:
             return
-        held = self.of(base)
-        if held is None or base.numel() and isinstance(held, Axis) and held != label:
-            self.mark(base, self.of_base(tensor, base, label))
+        examples = label is not None and not isinstance(label, Shared)
+        if examples and (held is None or base.numel() and isinstance(held, Axis) and held != label):
+            self.mark(base, self.of_base(tensor, base, label, held))
+        elif held is not None:
+            self.mark(base, held)  # as of now
 
-    def of_base(self, view: Tensor, base: Tensor, label: Mark) -> Label:
-        """The label of a tensor after examples were written into a view of it."""
+    def of_base(self, view: Tensor, base: Tensor, label: Mark, held: Mark) -> Label:
+        """The label of a tensor, `held` before, after examples were written into a view of it."""
         lost = Lost("unknown", "a view of a constant was overwritten with examples")
         if self.batch == 1:
             return Single(0)
@@ -185,7 +188,7 @@ class Labels:
         if found is None:
             return lost
         dims, starts = found
-        before = self.batch_label(base)
+        before = held if isinstance(held, (Axis, Single, Lost)) else None
         if isinstance(label, Axis):
             dim, ids = dims[label.dim], label.ids(self.batch)
         else:
