@@ -162,7 +162,7 @@ class Running(Backwards):
         if self.retains is False and not retains:
             yield
             return
-        with spared() as tensors:
+        with spared(None if retains else min(forwards, key=lambda forward: forward.number)) as tensors:
             self.retains = bool(tensors)
             yield
 

@@ -384,25 +384,28 @@ def assert_norms(px: Any, squares: dict[str, Tensor], what: Any = "", rtol: floa
         path = name.rpartition(".")[0]
         modules[path] = modules.get(path, 0) + square
 
-    def compare(actual: Tensor, square: Tensor, of: str) -> None:
-        assert torch.is_tensor(actual) and not actual.requires_grad, f"{what} {of}: {actual!r}"
-        torch.testing.assert_close(
-            actual.double(),
-            square.sqrt(),
-            rtol=rtol,
-            atol=margin,
-            equal_nan=True,
-            msg=lambda m: f"{what} norms of {of}:\n{m}",
-        )
-
-    compare(px.norms(), total, "all")
-    compare(px.squared_norms().sqrt(), total, "all, squared")
+    pairs = [("all", px.norms(), total), ("all, squared", px.squared_norms().sqrt(), total)]
     for by, expected in (("parameter", squares), ("module", modules)):
         found, found_squares = px.norms(by=by), px.squared_norms(by=by)
         assert set(found) == set(expected) == set(found_squares), f"{what} by={by!r}: {sorted(found)}"
         for name, square in expected.items():
-            compare(found[name], square, f"{by} {name!r}")
-            compare(found_squares[name].sqrt(), square, f"{by} {name!r}, squared")
+            pairs.append((f"{by} {name!r}", found[name], square))
+            pairs.append((f"{by} {name!r}, squared", found_squares[name].sqrt(), square))
+    for of, actual, _ in pairs:
+        assert torch.is_tensor(actual) and not actual.requires_grad, f"{what} {of}: {actual!r}"
+        assert actual.shape == total.shape, f"{what} {of}: {actual.shape}"
+    actuals, wanted = (torch.stack([pair[k].double() for pair in pairs]) for k in (1, 2))
+    if not torch.allclose(actuals, wanted.sqrt(), rtol=rtol, atol=margin, equal_nan=True):  # which, and how far off
+        for of, actual, square in pairs:
+            torch.testing.assert_close(
+                actual.double(),
+                square.double().sqrt(),
+                rtol=rtol,
+                atol=margin,
+                equal_nan=True,
+                msg=lambda m, of=of: f"{what} norms of {of}:\n{m}",
+            )
+        raise AssertionError(f"{what}: norms differ")
 
 
 def close(actual: Tensor, expected: Tensor, what: str, rtol: float, size: Any = None) -> None:
@@ -555,9 +558,12 @@ def check(
     )
     squares = {n: torch.stack([g.square().sum() for g in rows]) for n, rows in grads.items()}
 
+    plains: dict[str, Run] = {}
     for way in ways:
-        plain = run(make(), inputs, kwargs, loss, batch_size, way)
-        assert_adds_up(grads, plain.grads, batch_size if way.reduction == "mean" else 1, rtol)
+        if way.reduction not in plains:
+            plains[way.reduction] = run(make(), inputs, kwargs, loss, batch_size, way)
+            assert_adds_up(grads, plains[way.reduction].grads, batch_size if way.reduction == "mean" else 1, rtol)
+        plain = plains[way.reduction]
         subject = make()
         before: dict[str, Any] = {}
         if not way.param_grads:  # every other parameter has a gradient already, which is nobody's business
