@@ -358,17 +358,29 @@ def test_a_module_that_is_skipped_in_one_step():
 
 
 def test_per_layer_clipping():
+    """Each parameter keeps its own bound when another is frozen."""
     model, x, criterion, y = simple()
     bounds = [0.1, 0.2, 0.3, 0.4]
-    rows = [
-        torch.autograd.grad(criterion(model(x[b : b + 1]), y[b : b + 1]), list(model.parameters())) for b in range(B)
-    ]
     model, optimizer, loss_of, _ = private(model, criterion, bound=bounds, clipping="per_layer")
-    loss_of(model(x), y).backward()
-    for k, parameter in enumerate(model.parameters()):
-        expected = sum(row[k] * min(1.0, bounds[k] / float(row[k].norm())) for row in rows)
-        torch.testing.assert_close(parameter.grad, expected)
     assert optimizer.max_grad_norm == pytest.approx(0.3**0.5)
+    for frozen in (None, 0, 2):
+        parameters = list(model.parameters())
+        if frozen is not None:
+            parameters[frozen].requires_grad_(False)
+        trained = [k for k, parameter in enumerate(parameters) if parameter.requires_grad]
+        wanted = [parameters[k] for k in trained]
+        copied = copy.deepcopy(model)
+        of_copy = [list(copied.parameters())[k] for k in trained]
+        rows = [torch.autograd.grad(criterion(copied(x[b : b + 1]), y[b : b + 1]), of_copy) for b in range(B)]
+        loss_of(model(x), y).backward()
+        for k, parameter, grads in zip(trained, wanted, zip(*rows, strict=True), strict=True):
+            expected = sum(grad * min(1.0, bounds[k] / float(grad.norm())) for grad in grads)
+            torch.testing.assert_close(parameter.grad, expected)
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.max_grad_norms.pop()
+    with pytest.raises(PrivacyError, match="one for each"):
+        loss_of(model(x), y).backward()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])

@@ -244,8 +244,13 @@ class PrivateBackward(Controller):
             self.px.clip_(float(optimizer.max_grad_norm), scale=share, skip=bad, careful=True)
         else:
             names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-            pairs = zip(optimizer.params, bounds, strict=True)
-            limits = {names[id(p)]: float(bound) for p, bound in pairs}
+            bounded = optimizer.bounded or optimizer.params
+            if len(bounded) != len(bounds):
+                raise PrivacyError(
+                    f"the optimizer's `max_grad_norms` are {len(bounds)} bounds, and {len(bounded)} parameters are "
+                    "trained: there must be one for each"
+                )
+            limits = {names[id(p)]: float(bound) for p, bound in zip(bounded, bounds, strict=True) if p.requires_grad}
             self.px.clip_(limits, by="parameter", scale=share, skip=bad, careful=True)
         self.px.release()  # before noise is made
         optimizer.wrote(scale)

@@ -218,7 +218,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         )
         private.scaled = self.grad_scaler is not None and self.grad_scaler.is_enabled()
         if bounds is not None:
-            private.max_grad_norms = bounds
+            private.max_grad_norms, private.bounded = bounds, trained
         return private
 
     def _prepare_criterion(

@@ -61,6 +61,8 @@ class PrivateSteps:
     """Whether batches are sampled anew each time, so that an example may be in several."""
     batches = 1
     """How many batches there are in an epoch."""
+    bounded: Sequence[nn.Parameter] = ()
+    """The parameters that the bounds in `max_grad_norms` are of, where each has its own; some may be frozen since."""
     scaled = False
     """Whether a `GradScaler` divides gradients in place, between the backward and the step."""
 
