@@ -43,8 +43,15 @@ class Inputs:
 
     def all(self) -> dict[str, Any]:
         """The arguments of the whole batch."""
+        return self.some(list(range(BATCH)))
+
+    def some(self, examples: list[int]) -> dict[str, Any]:
+        """The arguments of a batch of some examples."""
         whole = [name for name in self.tensors if self.rows(name) == 1]  # those that have a row for each example first
-        return {name: self.tensors[name] for name in dict.fromkeys([*whole, *self.tensors])} | self.constants
+        found = {name: self.tensors[name] for name in dict.fromkeys([*whole, *self.tensors])}
+        if len(examples) < BATCH:
+            found = {name: value.unflatten(0, (BATCH, -1))[examples].flatten(0, 1) for name, value in found.items()}
+        return found | self.constants
 
     def one(self, index: int) -> dict[str, Any]:
         """The arguments of a batch of one."""

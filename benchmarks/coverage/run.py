@@ -38,6 +38,7 @@ from fixes import CONFIG  # noqa: E402
 from inputs import Inputs, attempts, padded  # noqa: E402
 from judge import WAYS, Loss, Norms, batch_gap, by_batch, by_loop, by_perex, compare  # noqa: E402
 from others import installed  # noqa: E402
+from private import by_private  # noqa: E402
 from shrink import shrink  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
@@ -48,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FAINT = 1e-8  # a squared norm below this is rounding: the model is saturated
 GAP = 1e-6  # from here on, a batch computes something else than its examples alone
-ALL = "perex,padded,training,vmap,opacus"
+ALL = "perex,padded,training,private,vmap,opacus"
 SECONDS, MEMORY, PARAMETERS = 60, 6 << 30, 30_000_000
 # The heads to prefer, and after them the rest in torch's own order.
 HEADS = [
@@ -183,7 +184,7 @@ def judge(kind: str, ways: Sequence[str], pipe: Connection) -> None:
             result = {"status": "refused", "message": brief(error, 400)}
         except BaseException as error:
             result = {"status": "error", "message": brief(error)}
-            if way in ("perex", "padded", "training"):
+            if way in ("perex", "padded", "training", "private"):
                 result["trace"] = traceback.format_exc()[-1500:]
         model.zero_grad()
         pipe.send({way: result | notes | {"seconds": round(time.perf_counter() - start, 2)}})
@@ -201,6 +202,8 @@ def outcome(
         loop = by_loop(model, inputs, loss)
         expected, gap = loop[0], batch_gap(model, inputs, loss, loop)
         notes["gap"] = gap
+    if way == "private":
+        return {"status": "none"} if gap > GAP else by_private(model, inputs, loss, expected)
     function = by_perex if way == "padded" else WAYS[way]
     torch.manual_seed(0)
     norms = function(model, inputs, loss)

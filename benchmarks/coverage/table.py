@@ -16,7 +16,8 @@ from typing import Any
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 GAP = 1e-6
-WAYS = "perex", "padded", "training", "vmap", "opacus"
+WAYS = "perex", "padded", "training", "private", "vmap", "opacus"
+BESIDES = "padded", "training", "private"
 NAMES = {"perex": "perex", "vmap": "`torch.func.vmap`", "opacus": "Opacus, norm mode"}
 MARKS = {"exact": "exact", "refused": "refused", "wrong": "**wrong**", "error": "error", "none": "", "ended": "ended"}
 Row = dict[str, Any]
@@ -99,6 +100,11 @@ def counted(rows: list[Row], way: str) -> str:
     )
 
 
+def moved(rows: list[Row]) -> float:
+    """The most clip bounds by which one example has moved a private step."""
+    return max((row["private"]["moved"] for row in rows if status(row, "private") == "exact"), default=0.0)
+
+
 def failures(rows: list[Row], way: str) -> str:
     """What did not work, by reason, the most frequent first."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -147,6 +153,11 @@ BETWEEN = """
 perex again, with the middle example two tokens shorter by its attention mask: {padded}. In an ordinary training step,
 `loss.backward()`, with `.grad` compared to what it is without perex: {training}.
 
+In a private step of `perex.privacy.PrivacyEngine` without noise, clipped at the median norm, with the sum of clipped
+gradients compared to the loop's, of the batch and of the batch without each of its examples: {private}. One example
+moves the sum by {moved:.6f} clip bounds at most. Batches of two whose first input says nothing of how many examples
+there are may be refused where the batch of three is not.
+
 `vmap` was also tried without masks that hide nothing, and with eager attention, and the best counts. Opacus looks at
 modules in training mode only: it had that, without dropout and with batch norm in eval mode.
 """
@@ -164,8 +175,8 @@ variant of the same class.
 """
 LEGEND = """
 *reached*: how many of the parameters got a gradient; few, where a model was given text alone. A number is the worst
-relative error over parameters and examples. *pad*: with padding; *train*: in a training step; *mixes*: with padding,
-the batch is not its examples.
+relative error over parameters and examples. *pad*: with padding; *train*: in a training step; *priv*: in a private
+step; *mixes*: with padding, the batch is not its examples.
 """
 
 
@@ -188,7 +199,7 @@ def page(about: Row, rows: list[Row]) -> str:
         summary(told),
         f"Without those that are a part of another model (its text or vision tower), {len(whole)} are left:",
         summary(whole),
-        filled(BETWEEN.format(padded=counted(told, "padded"), training=counted(told, "training"))),
+        filled(BETWEEN.format(**{way: counted(told, way) for way in BESIDES}, moved=moved(told))),
         "## Where a batch is not its examples",
         filled(ODD),
         mixed(odd),
@@ -215,6 +226,7 @@ def other_packages(about: Row, rows: list[Row]) -> list[str]:
         filled(OTHERS.format(count=len(ran), packages=packages)),
         summary(told),
         f"perex in an ordinary training step: {counted(told, 'training')}.",
+        f"In a private step: {counted(told, 'private')}.",
     ]
     if odd:
         parts += ["A batch is not its examples in these, which are not counted above:", mixed(odd)]
@@ -242,7 +254,7 @@ def mixed(rows: list[Row]) -> str:
 
 def one_by_one(rows: list[Row]) -> str:
     """The table with a line for each."""
-    head = ["model type", "class", "inputs", "reached", "perex", "pad", "train", "vmap", "Opacus"]
+    head = ["model type", "class", "inputs", "reached", "perex", "pad", "train", "priv", "vmap", "Opacus"]
     body = [[called(r), r["class"], names(r), f"{r['reached']:.0%}", *(cell(r, way) for way in WAYS)] for r in rows]
     return table(head, body, 3)
 
@@ -251,7 +263,8 @@ def problems(rows: list[Row]) -> list[str]:
     """What does not work in perex, and what does not only with padding or in a training step."""
     parts = [failures(rows, "perex") or "Nothing on this page."]
     exact = [row for row in rows if status(row, "perex") == "exact"]
-    for title, way in (("With padding only:", "padded"), ("In a training step only:", "training")):
+    titles = ("With padding only:", "In a training step only:", "In a private step only:")
+    for title, way in zip(titles, BESIDES, strict=True):
         if found := failures(exact, way):
             parts += [title, found]
     return parts

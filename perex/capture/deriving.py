@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from perex.capture.checkpoint import sparing
@@ -13,11 +14,12 @@ from perex.capture.doubts import Doubts
 from perex.capture.forward import Forward
 from perex.capture.functions import called, holders
 from perex.capture.labels import Labels
-from perex.capture.operators import in_place
+from perex.capture.operators import in_place, out_of_place
 from perex.capture.parameters import Entry, Shared
 from perex.capture.refusals import Refusals
 from perex.capture.spread import SPREADS, origin_of
 from perex.capture.taps import Guard
+from perex.rules.broadcast import fill
 from perex.rules.call import pack, unpack
 
 
@@ -50,6 +52,8 @@ class Deriving:
             self.labels.mark(args[0], None)
             self.doubts.made(args)
             return out
+        if in_place(func) and args and isinstance(args[0], Tensor) and self.held_apart(args[0]):
+            return self.written(func, args, kwargs)
         tensors: list[Tensor] = []
         template = pack((args, kwargs), tensors)
         stand_ins = [self.labels.stand_in(tensor) for tensor in tensors]
@@ -97,3 +101,36 @@ class Deriving:
         if not produced and isinstance(out, tuple):  # a named result, as `torch.max` has
             return type(out)(map(guarded, out))
         return unpack(template, [guarded(tensor) for tensor in produced])
+
+    def held_apart(self, tensor: Tensor) -> bool:
+        """Whether what stands for a tensor has other memory than it has, or nothing does, as for a constant."""
+        if id(tensor) in self.labels.parameters.entries:
+            return False
+        held = self.labels.of(tensor)
+        return not isinstance(held, Shared) or held.tensor.data_ptr() != tensor.data_ptr()
+
+    def written(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run an operator that writes parameters into a constant: one out of place, and a copy of what it gives.
+
+        From there on the constant derives from parameters; so does what it is a view of.
+        """
+        target = args[0]
+        replacement = fill if func is Tensor.copy_ else out_of_place(func)
+        base = target._base
+        if replacement is None or base is not None and base.requires_grad:
+            what = "a constant" if base is None else "a view of one"
+            raise self.refuse.unsupported(func, f"works in place on {what} and parameters: assign its result instead")
+        before = target.clone()  # the operator may have saved it
+        self.labels.mark(before, self.labels.of(target))
+        result = self.operator(replacement, (before, *(args[1:2] if replacement is fill else args[1:])), kwargs)
+        if result.dtype != target.dtype:
+            result = self.operator(Tensor.to, (result, target.dtype), {})
+        if base is None:
+            target.copy_(result)
+        else:
+            place = target.size(), target.stride(), target.storage_offset()
+            whole = self.operator(torch.as_strided_scatter, (base, result, *place), {})
+            base.copy_(whole)
+            self.labels.mark(base, self.labels.of(whole))
+        self.labels.mark(target, self.labels.of(result))
+        return target

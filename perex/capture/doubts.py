@@ -80,13 +80,10 @@ class Doubts:
             self.add(func.__name__, Lost("counted", "examples leave perex's sight"), WEAK)
         return func(*args, **kwargs)
 
-    def look_at_slices(self, index: Any) -> None:
+    def look_at_slices(self, ends: Iterable[Tensor]) -> None:
         """`x[:, :n]` with a tensor n takes a number out of torch, too."""
-        for part in index if isinstance(index, tuple) else (index,):
-            if isinstance(part, slice):
-                for end in (part.start, part.stop, part.step):
-                    if isinstance(end, Tensor):
-                        self.take_out(Tensor.__index__, (end,), {})
+        for end in ends:
+            self.take_out(Tensor.__index__, (end,), {})
 
     # Constants
 
@@ -108,3 +105,10 @@ class Doubts:
     def unmade(self, tensor: Any) -> None:
         """Something of unknown origin was written into a constant."""
         self.known.pop(id(tensor), None)
+
+
+def slice_ends(index: Any) -> list[Tensor]:
+    """The tensors that slices of an index begin, end, or count by."""
+    parts = index if isinstance(index, tuple) else (index,)
+    slices = [part for part in parts if isinstance(part, slice)]
+    return [end for part in slices for end in (part.start, part.stop, part.step) if isinstance(end, Tensor)]

@@ -165,14 +165,14 @@ class Labels:
         """Label a tensor that was changed in place, and the tensor that it is a view of."""
         base = tensor._base
         held = None if base is None else self.of(base)
-        if self.of(tensor) != label and (key := storage(tensor)) >= 0:
+        if not same(self.of(tensor), label) and (key := storage(tensor)) >= 0:
             self.clock += 1
             self.changes[key] = self.clock, StorageWeakRef(tensor.untyped_storage())
         self.mark(tensor, label)
         if base is None:
             return
         examples = label is not None and not isinstance(label, Shared)
-        if examples and (held is None or base.numel() and isinstance(held, Axis) and held != label):
+        if examples and (held is None or base.numel() and isinstance(held, Axis) and not same(held, label)):
             self.mark(base, self.of_base(tensor, base, label, held))
         elif held is not None:
             self.mark(base, held)  # as of now
@@ -331,6 +331,11 @@ class Labels:
         operation.trial = True
         found = carry(operation, func)
         return found if isinstance(found, list) else [found] * len(produced)
+
+
+def same(one: Mark, other: Mark) -> bool:
+    """Whether two labels say the same; of what derives from parameters, only the same one does."""
+    return one is other or not isinstance(one, Shared) and not isinstance(other, Shared) and one == other
 
 
 def storage(tensor: Tensor) -> int:

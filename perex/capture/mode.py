@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from perex.capture.axis import Axis, Lost
 from perex.capture.carry import CHOOSES, COUNTS, tensors_in
 from perex.capture.deriving import Deriving
-from perex.capture.doubts import FAINT, UNSEEN, Doubts, remember
+from perex.capture.doubts import FAINT, UNSEEN, Doubts, remember, slice_ends
 from perex.capture.forward import Forward
 from perex.capture.labels import (
     BATCHED,
@@ -38,6 +38,7 @@ from perex.capture.operators import (
     PARTS,
     PASSED_OVER,
     READS_FIRST,
+    RESHAPES,
     UNFOLLOWED,
     body,
     by_holders,
@@ -67,6 +68,9 @@ WRITES_ROWS = frozenset(
 )
 """In-place operators that say which rows they write."""
 
+
+WATCHED = "perex_watched"
+"""Under which a node of the graph says that it is an error if a gradient reaches it, or reaches what it is made of."""
 
 INDEXES = (Tensor.__getitem__, Tensor.__setitem__)
 
@@ -185,6 +189,8 @@ class Capture(TorchFunctionMode):
         """Find out where examples are in what one operator gives."""
         labels, doubts, kinds = self.labels, self.doubts, 0
         marks: list[tuple[Tensor, Mark]] = []
+        if func in INDEXES and len(args) > 1 and (ends := slice_ends(args[1])):
+            self.doubts.look_at_slices(ends)
         for tensor in tensors_in(args[0]) if func in READS_FIRST else tensors_in(*args, kwargs):
             mark = labels.of(tensor)
             kind = labels.kind(tensor, mark)
@@ -223,8 +229,6 @@ class Capture(TorchFunctionMode):
             with self:
                 PARTS[func](args[0]).copy_(args[1])
             return None
-        if func in INDEXES:
-            self.doubts.look_at_slices(args[1])
         if self.opaque is not None:
             return self.run_opaque(func, args, kwargs)
         if func is F.embedding_bag and kinds & SHARED:
@@ -238,8 +242,14 @@ class Capture(TorchFunctionMode):
         if replacement is not None:
             with self:
                 return replacement(*args, **kwargs)
+        if kinds & STRANGER and kinds & (SHARED | BATCHED) and torch.is_grad_enabled():
+            raise self.refuse.stranger(func)
         if func is Tensor.__setitem__:
             return Writes(self).item(kinds, *args)
+        if kinds & SHARED and func.__name__ in RESHAPES and isinstance(labels.of(args[0]), Shared):
+            raise self.refuse.unsupported(
+                func, "changes the shape of a tensor derived from parameters in place: assign the result instead"
+            )
         if not torch.is_grad_enabled():
             return self.follow(func, args, kwargs, marks, kinds)
         if kinds & SHARED and torch._C._are_functorch_transforms_active():
@@ -247,8 +257,6 @@ class Capture(TorchFunctionMode):
                 func,
                 "uses a parameter inside torch.func (vmap, grad, jvp, ...): call the layer outside it, or detach first",
             )
-        if kinds & STRANGER and kinds & (SHARED | BATCHED):
-            raise self.refuse.stranger(func)
         if kinds & SHARED and kinds & (BATCHED | LOST):
             return self.meet(func, args, kwargs)
         if kinds & SHARED and (not kinds & COUNTED or self.chosen(func, marks)):
@@ -301,9 +309,11 @@ class Capture(TorchFunctionMode):
                     label = self.refuse.placed(label)
                 self.refuse.mixed(label)
                 if isinstance(label, Lost) and tensor.requires_grad:
-                    hooked = any(mark is label and source.requires_grad for source, mark in marks)
+                    hooked = any(mark is label and self.watched(source) for source, mark in marks)
                     if not hooked or self.labels.spoils(label):
                         self.watch(tensor, label)
+                    elif tensor.grad_fn is not None:
+                        tensor.grad_fn.metadata[WATCHED] = True
             if id(tensor) not in written:
                 made_of_own = tensor.grad_fn is not None or tensor._base is not None
                 mark = CONSTANT if label is None and made_of_own and not strange else label
@@ -326,12 +336,17 @@ class Capture(TorchFunctionMode):
             tensor.register_hook(lambda grad: refuse())
             return
         number = tensor.output_nr
+        tensor.grad_fn.metadata[WATCHED] = True
 
         def arrived(grads: tuple[Tensor | None, ...]) -> None:
             if grads[number] is not None:
                 refuse()
 
         tensor.grad_fn.register_prehook(arrived)  # a hook on a view that was changed in place can crash torch
+
+    def watched(self, tensor: Tensor) -> bool:
+        """Whether that was done with a tensor, or what it is made of; its graph may be younger than its label."""
+        return tensor.requires_grad and (tensor.grad_fn is None or WATCHED in tensor.grad_fn.metadata)
 
     def run(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], detach: bool) -> Any:
         """Run an operator on stand-ins, perhaps detached where gradients are wanted."""
@@ -365,14 +380,20 @@ class Capture(TorchFunctionMode):
             spread = Spread(self.labels, self.meeting, self.call, self.made).arguments(func, args, kwargs)
             return self.meeting.operator(func, args, kwargs) if spread is None else self.call(func, *spread)
         target = args[0]
+        derives = isinstance(held := self.labels.of(target), Shared)
+        if isinstance(held, Shared) and held.tensor._is_view():
+            why = "writes examples into a view of a tensor derived from parameters: assign what it gives instead"
+            raise self.refuse.unsupported(func, why)
         if func is Tensor.copy_:
             written = self.meeting.operator(fill, (target, args[1]), {})
         else:
             replacement = out_of_place(func)
             if replacement is None:
                 raise self.refuse.unsupported(func, "works in place on examples and parameters")
-            before = target.clone()  # the rule may read it again, and the target is about to change
-            self.labels.mark(before, self.labels.of(target))
+            # the rule may read it again, and the target is about to change
+            before = self.deriving.operator(Tensor.clone, (target,), {}) if derives else target.clone()
+            if not derives:
+                self.labels.mark(before, held)
             written = self.meeting.operator(replacement, (before, *args[1:]), kwargs)
         self.labels.blank(target)
         target.copy_(written)

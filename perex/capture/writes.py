@@ -11,7 +11,7 @@ from torch import Tensor
 from perex.capture.axis import NOBODY, Axis, Held, Label, Lost, Single, agreed, placed
 from perex.capture.carry import COUNTS, FAMILIES, Operation, tensors_in
 from perex.capture.families.elementwise import aligned
-from perex.capture.labels import BATCHED, COUNTED, LOST, Mark
+from perex.capture.labels import BATCHED, COUNTED, LOST, Mark, same
 from perex.capture.parameters import Shared
 from perex.rules.broadcast import fill
 
@@ -92,7 +92,7 @@ class Writes:
         if any(not isinstance(label, Lost) or label.kind not in COUNTS for label in found):
             self.overwrite(target, before, self.written(target, index, value))
         elif kinds & LOST or isinstance(before, Shared):
-            lost = before if isinstance(before, Lost) else self.labels.of(value)
+            lost = before if isinstance(before, Lost) or not isinstance(value, Tensor) else self.labels.of(value)
             unknown = Lost("unknown", "`__setitem__` writes what perex cannot follow")
             self.overwrite(target, before, lost if isinstance(lost, Lost) else unknown)
         elif kinds & COUNTED and isinstance(value, Tensor) and isinstance(count := self.labels.of(value), Lost):
@@ -110,7 +110,7 @@ class Writes:
             label = self.refuse.placed(label)
         if isinstance(label, Lost) and torch.is_grad_enabled() and target.requires_grad:
             self.capture.watch(target, label)
-        if before is None or before != label:
+        if before is None or not same(before, label):
             self.labels.rewrite(target, label)
         if isinstance(label, Lost) and label.kind not in COUNTS:
             self.labels.spoil(target, label)

@@ -145,7 +145,7 @@ class Factor(ABC):
         parts = []
         for i, j in self.blocks():
             product = self.dense(i, j) * other.dense(i, j).conj()
-            parts.append(product.real.flatten(1).sum(1))
+            parts.append(product.real.unsqueeze(-1).flatten(1).sum(1))
         return torch.cat(parts)
 
     def dot_plan(self, other: Factor) -> Plan:

@@ -172,6 +172,6 @@ def prelu(captured: Captured) -> dict[str, Factor]:
     below = torch.where(x > 0, 0, grad * x)  # of what is no number, what is none
     if math.prod(weight) == 1:
         rows = captured.call.out_axes[0].front(below, captured.batch)
-        return {"weight": Dense(rows.flatten(1).sum(1).reshape(captured.batch, *weight))}
+        return {"weight": Dense(rows.unsqueeze(-1).flatten(1).sum(1).reshape(captured.batch, *weight))}
     rows = captured.call.out_axes[0].rows(below, captured.batch).movedim(2, -1)
     return {"weight": Dense(summed(rows, weight))}

@@ -177,7 +177,8 @@ def roll(op: Operation) -> Label:
     if axis.dim not in dims or op.arg(2, "dims") is None:
         return op.mixed() if axis.dim in dims else axis
     shifts = op.arg(1, "shifts")
-    shift = shifts if isinstance(shifts, int) else shifts[dims.index(axis.dim)]
+    each = zip(dims, [shifts] if isinstance(shifts, int) else shifts, strict=False)
+    shift = sum(shift for dim, shift in each if dim == axis.dim)  # a dimension may be there twice
     return arranged(axis.dim, axis.ids(op.batch).roll(shift), op.batch)
 
 
