@@ -288,8 +288,11 @@ class Backwards:
             result.keep = self.fits
         result.scaled = self.scaling()
         if (result.keep or self.low) and self.param_grads:
-            parameters = self.session.parameters
-            result.remember(parameters.holders(parameters.tracked()))
+            parameters = (
+                self.session.parameters
+            )  # some may have been frozen since the forward: they get one all the same
+            entries = [*parameters.tracked(), *(forward.tracked if forward is not None else ())]
+            result.accumulated.remember(parameters.holders(entries))
         self.take_over(result)
         self.result = result
         torch.autograd.Variable._execution_engine.queue_callback(partial(self.over, result))
@@ -336,6 +339,8 @@ class Backwards:
         if result in self.interrupted:
             self.resume(result)
         result.finish()
+        if result.accumulated.grads:
+            result.accumulated.look(self.session.parameters.holders(result.tracked()))
         for forward in result.shares:
             forward.readers.clear()
         for action in self.after:

@@ -14,7 +14,7 @@ from perex.capture.sharding import is_shard
 from perex.errors import ArgumentError, NotReadyError
 from perex.factors import Total
 from perex.quantities.base import added_up
-from perex.summing import ALIKE, Doubts, Treatment, sum_of
+from perex.summing import ALIKE, Doubts, Treatment, sum_of, times, wide
 
 
 class Kept:
@@ -91,7 +91,7 @@ class Gradients:
             totals = self.totals(name)
             if own.shape != (self.batch_size,):
                 raise ArgumentError(f"weights: of shape {tuple(own.shape)} for {self.batch_size} examples")
-            own = own.detach() * (self.scale.to(own) if isinstance(self.scale, Tensor) else self.scale)
+            own = times(wide(own), self.scale)
             first = 0
             for total in totals:
                 rows = slice(first, first := first + total.batch)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from perex.accumulated import Accumulated
 from perex.capture.forward import Forward
 from perex.capture.parameters import Entry
 from perex.errors import NotReadyError, PerexError, anew
@@ -68,8 +69,7 @@ class Result:
         self.finished = False
         self.total: Tensor | None = None
         """What was run backward, where that may be done again."""
-        self.before: dict[str, Tensor | None] | None = None
-        """What `.grad` of each tracked parameter was, before it is changed."""
+        self.accumulated = Accumulated()
 
     def share(self, forward: Forward) -> Share:
         """The part of one forward."""
@@ -113,13 +113,6 @@ class Result:
                 if self.room < 0:
                     self.release()
 
-    def remember(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
-        """What `.grad` of some parameters was when this was called first, by name."""
-        if self.before is None:
-            grads = {name: parameter.grad for name, parameter in parameters.items()}
-            self.before = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
-        return self.before
-
     def drop(self) -> None:
         """Keep no gradients."""
         self.keep = False
@@ -128,7 +121,7 @@ class Result:
 
     def release(self) -> None:
         """Let go of all that somebody might want after the backward."""
-        self.before = self.total = None
+        self.accumulated, self.total = Accumulated(), None
         self.drop()
 
     def finish(self) -> None:

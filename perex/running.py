@@ -75,7 +75,10 @@ class Running(Backwards):
             return  # no tracked parameter was used: norms are zero
         weight = torch.full_like(losses, 1 / count if mean and count else 1.0)
         probe, kinds = self.check(losses, weight, forwards)
-        self.losses, self.scale, self.probe = count, count if mean and count else 1.0, probe
+        self.losses, self.probe = count, probe
+        self.scale = count if mean and count else 1.0
+        if mean and count and losses.dtype.itemsize < 4:  # which round the weight
+            self.scale = 1 / float(torch.tensor(1 / count, dtype=losses.dtype, device="cpu"))
         self.fits = self.low and self.fitting(losses, forwards)
         again = self.low and not self.fits and not any(forward.once for forward in forwards)
         try:

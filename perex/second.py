@@ -14,7 +14,7 @@ from perex.factors import Factor
 from perex.gradients import square_of
 from perex.result import Result
 from perex.running import Running
-from perex.summing import Doubts, Sum, Treatment, sum_of, times
+from perex.summing import Doubts, Sum, Treatment, sum_of, times, wide
 
 
 class SecondRun:
@@ -55,7 +55,7 @@ class SecondRun:
 
         def take(forward: Forward, entry: Entry, factor: Factor) -> None:
             name, rows, doubts = entry.name, self.parts[forward], Doubts()
-            own = times(weights[name].detach()[rows], self.scale)
+            own = times(wide(weights[name])[rows], self.scale)
             several = len(self.parts) > 1 or forward.uses[name] > 1
             doubts.add(factor, own, None if treatment.limits is None else treatment.limits[name], several)
             (doubt,) = doubts.settled()

@@ -148,6 +148,11 @@ def together(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one | other.to(one.device)
 
 
+def wide(weights: Tensor) -> Tensor:
+    """Weights at least in float32: times a batch's size, halves overflow, or lose what they are."""
+    return weights.detach().to(torch.promote_types(weights.dtype, torch.float32))
+
+
 def times(value: Tensor, scale: float | Tensor) -> Tensor:
     """A value times a number, from wherever that is."""
     return value * (scale.to(value) if isinstance(scale, Tensor) else scale)

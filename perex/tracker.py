@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Literal
@@ -137,7 +138,7 @@ class Tracker(Readings):
         r"""Make `.grad` the sum of clipped gradients, $\sum_b \min(1, C / \|g_b\|) \, g_b$.
 
         $g_b$ is the gradient of example b's own loss. The sum comes from the backward that was run; each weight
-        gradient is one more product, with the weights in it. What `.grad` held before the forward is added to, as a
+        gradient is one more product, with the weights in it. What `.grad` held before the backward is added to, as a
         backward would: so micro-batches accumulate, and `zero_grad` begins anew. Attach with `param_grads=False`, and
         the backward itself computes no weight gradients. In a process group, the sum is of this process's examples.
 
@@ -180,6 +181,10 @@ class Tracker(Readings):
             raise ArgumentError(f"skip: expected a tensor of one boolean an example, ({count},), got {what}")
         groups = groups_of(by, list(squares))
         bounds = bounds_of(max_norm, groups)
+        if normalize and (stability < 0 or not all(map(math.isfinite, bounds.values()))):
+            raise ArgumentError(
+                f"normalize=True divides by norms: max_norm is finite, and stability={stability!r} >= 0"
+            )
         norms = norms_of(squares, groups)
         weights: dict[str, Tensor] = {}
         for group, names in groups.items():
@@ -238,9 +243,13 @@ class Tracker(Readings):
         """
         squares = self.read(self._quantities[0], by="parameter")
         count = len(next(iter(squares.values())))
-        if not isinstance(weights, Tensor) or weights.shape != (count,):
-            what = f"a tensor {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-            raise ArgumentError(f"weights: expected a tensor of one an example, ({count},), got {what}")
+        if not isinstance(weights, Tensor) or weights.shape != (count,) or weights.is_complex():
+            what = (
+                f"a tensor {tuple(weights.shape)} of {weights.dtype}"
+                if isinstance(weights, Tensor)
+                else type(weights).__name__
+            )
+            raise ArgumentError(f"weights: expected a tensor of one number an example, ({count},), got {what}")
         spoilt = (weights == 0) & ~added_up(squares.values()).isfinite().to(weights.device)
         self._put(dict.fromkeys(squares, weights), Treatment(spoilt) if bool(spoilt.any()) else ALIKE)
 
@@ -288,28 +297,23 @@ class Tracker(Readings):
         """Make `.grad` what it was before the backward, plus a weighted sum."""
         result = self._result()
         parameters = self._session.parameters.holders(result.tracked())
-        before = result.remember(parameters)
-        before = {
-            name: None if grad is None or cleared(parameters[name].grad) else grad for name, grad in before.items()
-        }
+        accumulated = result.accumulated
+        accumulated.remember(parameters)
         if self._memory == "low" and not result.keep:
             sums = self._second().weighted_sum(weights, treatment)
             for name, parameter in parameters.items():
                 total = sums[name] if name in sums else torch.zeros(parameter.shape, device=parameter.device)
-                put(parameter, total, before[name], anew=False)
-            return
-        gradients = self.gradients()
-        for name, total in gradients.weighted_sums(weights, treatment):
-            grad = parameters[name].grad
-            put(parameters[name], total, before[name], anew=grad is not None and gradients.shares_memory(name, grad))
+                put(parameter, total, accumulated.before(name, parameter), anew=False)
+        else:
+            gradients = self.gradients()
+            for name, total in gradients.weighted_sums(weights, treatment):
+                parameter, grad = parameters[name], parameters[name].grad
+                anew = grad is not None and gradients.shares_memory(name, grad)
+                put(parameter, total, accumulated.before(name, parameter), anew)
+        accumulated.look(parameters)
 
 
 def all_finite(values: Iterable[Tensor]) -> Tensor:
     """Of which examples all values are finite, `(B,)`."""
     finite = [value.isfinite() for value in values]
     return torch.stack([each.to(finite[0].device) for each in finite]).all(0)
-
-
-def cleared(grad: Tensor | None) -> bool:
-    """Whether there is no gradient, or one of zeros: as `zero_grad` leaves it, so that nothing is to be added to."""
-    return grad is None or grad.layout == torch.strided and not bool(grad.any())

@@ -89,10 +89,16 @@ class Known:
 
 
 class Memo:
-    """What is known of calls, by their form; one for all forwards of a model."""
+    """What is known of calls, by their form; one for all forwards of a model.
+
+    Attributes:
+        known: what is known.
+        half: whether any operator has given numbers in half precision of five bits of exponent.
+    """
 
     def __init__(self) -> None:
         self.known: dict[Any, Known] = {}
+        self.half = False
 
     def forget(self) -> None:
         """Let go of parameters: some are the model's no more, and calls hold on to them."""

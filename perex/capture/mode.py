@@ -75,6 +75,12 @@ WATCHED = "perex_watched"
 INDEXES = (Tensor.__getitem__, Tensor.__setitem__)
 
 
+def mark_watched(node: Any) -> None:
+    """Note that of a node."""
+    if node is not None:
+        node.metadata[WATCHED] = True
+
+
 def observes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a gradient hook is of `register_multi_grad_hook`, as torch's module tracker's are: it changes nothing."""
     hook = next(iter((*args[1:], *kwargs.values())), None)
@@ -111,6 +117,7 @@ class Capture(TorchFunctionMode):
         self.memo = memo
         self.parameters = parameters
         self.forward = forward
+        forward.half = memo.half
         self.refuse = Refusals(where)
         doubtful = partial(remember, forward, self.refuse)
         self.labels = Labels(parameters, key, forward.number, forward.batch, doubtful)
@@ -140,7 +147,9 @@ class Capture(TorchFunctionMode):
             return self.handle(func, args, kwargs)
         self.forward.functions += [t.grad_fn for t in tensors_in(*args, kwargs) if of_user(t.grad_fn)]
         if not draws(func, args, kwargs):
-            return self.handle(func, args, kwargs)
+            out = self.handle(func, args, kwargs)
+            self.notice(tensors_in(out))
+            return out
         given = self.record.given(self.refuse.where(), self.labels, tensors_in(*args, kwargs))
         record, self.record = self.record, None  # what it is made of is no draw of its own
         try:
@@ -150,6 +159,14 @@ class Capture(TorchFunctionMode):
         results = [(tensor, self.labels.batch_label(tensor)) for tensor in tensors_in(out)]
         record.drew(func, given, results)
         return out
+
+    def notice(self, results: list[Tensor]) -> None:
+        """Keep in mind how coarse numbers are, in a forward that is to be compared, whoever has parameters there."""
+        for tensor in results:
+            if self.record is not None:
+                self.record.noticed(tensor)
+            if tensor.dtype == torch.float16 and tensor.requires_grad:
+                self.memo.half = self.forward.half = True
 
     def wants_function(self, tensors: list[Tensor]) -> bool:
         """Whether an autograd function takes parameters, and so is an operator to look at."""
@@ -312,8 +329,8 @@ class Capture(TorchFunctionMode):
                     hooked = any(mark is label and self.watched(source) for source, mark in marks)
                     if not hooked or self.labels.spoils(label):
                         self.watch(tensor, label)
-                    elif tensor.grad_fn is not None:
-                        tensor.grad_fn.metadata[WATCHED] = True
+                    else:
+                        mark_watched(tensor.grad_fn)
             if id(tensor) not in written:
                 made_of_own = tensor.grad_fn is not None or tensor._base is not None
                 mark = CONSTANT if label is None and made_of_own and not strange else label
@@ -336,7 +353,7 @@ class Capture(TorchFunctionMode):
             tensor.register_hook(lambda grad: refuse())
             return
         number = tensor.output_nr
-        tensor.grad_fn.metadata[WATCHED] = True
+        mark_watched(tensor.grad_fn)
 
         def arrived(grads: tuple[Tensor | None, ...]) -> None:
             if grads[number] is not None:
@@ -346,7 +363,8 @@ class Capture(TorchFunctionMode):
 
     def watched(self, tensor: Tensor) -> bool:
         """Whether that was done with a tensor, or what it is made of; its graph may be younger than its label."""
-        return tensor.requires_grad and (tensor.grad_fn is None or WATCHED in tensor.grad_fn.metadata)
+        node: Any = tensor.grad_fn
+        return tensor.requires_grad and (node is None or WATCHED in node.metadata)
 
     def run(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], detach: bool) -> Any:
         """Run an operator on stand-ins, perhaps detached where gradients are wanted."""

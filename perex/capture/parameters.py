@@ -177,6 +177,12 @@ class Parameters:
         """Take up new and swapped parameters, and drop those that are gone."""
         found: dict[int, Entry] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter.grad_fn is not None and not isinstance(parameter, nn.Parameter):
+                raise AttachError(
+                    f"'{name}' is a tensor computed from others now, in the place of the model's parameter, as "
+                    "torch.func.functional_call puts it there: perex cannot follow it back. Compute it within the "
+                    "attached model, by torch.nn.utils.parametrize or in the forward of a module around it"
+                )
             entry = found.get(id(parameter))
             if entry is None:
                 entry = self.entries.get(id(parameter))

@@ -162,6 +162,11 @@ class Record:
         self.precision = max(self.precision, precision(results[0], call.name))
         self.seen.append(Seen(call.where, key, self.samples(results[0], axes[0])))
 
+    def noticed(self, tensor: Tensor) -> None:
+        """An operator has given a tensor: what comes after it is no finer, whether or not a parameter was in it."""
+        if tensor.is_floating_point() or tensor.is_complex():
+            self.precision = max(self.precision, float(torch.finfo(tensor.dtype).eps))
+
     def given(self, where: str, labels: Labels, tensors: list[Tensor]) -> list[Seen]:
         """What a random operator is given."""
         return [Seen(where, (), {} if (held := labels.held(t)) is None else self.samples(t, held)) for t in tensors]

@@ -54,6 +54,7 @@ class Dots(Quantity):
             raise ArgumentError(f"direction={direction!r}: it is tensors, by parameter name or in order, or 'grad'")
         self.own = isinstance(direction, str)
         self.copies: dict[str, Tensor] = {}
+        self.lengths: dict[str, Tensor] = {}  # squared, as in the last backward
         self.given: Any = direction if isinstance(direction, (str, Mapping)) else list(direction)
 
     def attached(self, model: nn.Module, tracked: Mapping[str, nn.Parameter]) -> None:
@@ -64,11 +65,11 @@ class Dots(Quantity):
             if len(names) != len(self.given):
                 raise AttachError(f"Dots: {len(self.given)} directions for a model of {len(names)} parameters")
             self.given = dict(zip(names, self.given, strict=True))
-        self.copies = {}
+        self.copies, self.lengths = {}, {}
         for name, parameter in {} if self.own else tracked.items():
             tensor = self.direction(name)
-            if tensor is not None and tensor is parameter.grad:
-                self.copies[name] = tensor.clone()
+            if tensor is not None and (tensor is parameter.grad or tensor.layout != torch.strided):
+                tensor = self.copies[name] = tensor.detach().to_dense().clone()
             if tensor is not None and tensor.shape != parameter.shape:
                 shapes = f"{tuple(tensor.shape)}, and the parameter has {tuple(parameter.shape)}"
                 raise AttachError(f"Dots: the direction of parameter '{name}' has shape {shapes}")
@@ -80,12 +81,22 @@ class Dots(Quantity):
         tensor: Tensor | None = self.copies.get(name, self.given[name])
         return tensor
 
+    def length(self, name: str) -> Tensor:
+        """The squared length of the direction that a parameter's gradients were compared with."""
+        if name in self.lengths:
+            return self.lengths[name]
+        direction = self.direction(name)  # the last backward did not come by that parameter
+        return torch.zeros((), device="cpu") if direction is None else squared_length(direction.detach())
+
     def reduce(self, name: str, gradient: Total) -> Tensor:
         """See `Quantity.reduce`."""
         if self.own:
             return gradient.along(gradient.weighted_sum(torch.ones(gradient.batch, device="cpu")))
         direction = self.direction(name)
-        return gradient.squared_norm().zero_() if direction is None else gradient.along(direction.detach())
+        if direction is None:
+            return gradient.squared_norm().zero_()
+        self.lengths[name] = squared_length(direction.detach())
+        return gradient.along(direction.detach())
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """See `Quantity.joined`: the gradient of all forwards together was never met."""
@@ -117,11 +128,7 @@ class Dots(Quantity):
         if self.own:  # as <g_b, V> adds up to scale * ||V||^2
             lengths = {name: value.sum() / px.scale for name, value in dots.items()}
         else:
-            given = ((name, self.direction(name)) for name in dots)
-            lengths = {
-                name: torch.zeros((), device="cpu") if v is None else v.detach().abs().square().sum()
-                for name, v in given
-            }
+            lengths = {name: self.length(name) for name in dots}
         triples = {name: (dots[name], norms[name].square(), lengths[name]) for name in dots}
         found: Tensor | dict[str, Tensor] = grouped(triples, by, cosine)
         return found
@@ -131,4 +138,10 @@ def cosine(parts: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """From the inner products and both squared lengths, of each of some parameters."""
     dots, squares, lengths = (added_up(column) for column in zip(*parts.values(), strict=True))
     size = squares.sqrt() * lengths.to(squares).sqrt()
-    return torch.where(size > 0, dots / size, torch.zeros_like(size))
+    return torch.where(size == 0, torch.zeros_like(size), dots / size)
+
+
+def squared_length(direction: Tensor) -> Tensor:
+    """Of a direction, at least in float32: halves' squares overflow, and integers'."""
+    wide = direction.abs()  # of complex numbers too
+    return wide.to(torch.promote_types(wide.dtype, torch.float32)).square().sum()

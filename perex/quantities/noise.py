@@ -54,10 +54,10 @@ class NoiseScale(Quantity):
         if not 0 <= decay < 1:
             raise ArgumentError(f"decay={decay!r}: it is at least 0 and less than 1")
         self.decay = decay
-        self.weight = 0.0
-        """What the averages' weights add up to by now."""
         self.averages: dict[str, Tensor] = {}
-        """By parameter, moving averages of S and N, `(2,)`, not yet corrected."""
+        """By parameter, moving averages of S and N, `(2,)`, not yet corrected; of those in the last backward."""
+        self.weights: dict[str, float] = {}
+        """What the weights in each of them add up to by now."""
 
     def reduce(self, name: str, gradient: Total) -> Tensor:
         r"""See `Quantity.reduce`: `(1, 3)`, of $\sum_b \|G_b\|^2$, $\|\sum_b G_b\|^2$ and B."""
@@ -90,10 +90,12 @@ class NoiseScale(Quantity):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(estimates, group=group)
             estimates /= torch.distributed.get_world_size(group)
-        self.weight = self.decay * self.weight + 1 - self.decay
+        new, before = 1 - self.decay, (self.averages, self.weights)
+        self.averages, self.weights = {}, {}
         for name, estimate in zip(names, estimates, strict=True):
-            before = self.averages.get(name, torch.zeros_like(estimate))
-            self.averages[name] = self.decay * before + (1 - self.decay) * estimate
+            average, weight = before[0].get(name, torch.zeros_like(estimate)), before[1].get(name, 0.0)
+            self.averages[name] = self.decay * average + new * estimate
+            self.weights[name] = self.decay * weight + new
 
     def columns(self, px: Tracker) -> dict[str, Tensor]:
         """See `Quantity.columns`: it has none, but takes up each batch of two or more: its value is the pool's."""
@@ -120,10 +122,11 @@ class NoiseScale(Quantity):
             raise NotReadyError("NoiseScale: there is nothing to read before update(px) has been called")
 
         def pair(values: Mapping[str, Tensor]) -> tuple[float, float]:
-            noise, signal = (added_up(values.values()) / self.weight).tolist()
+            noise, signal = added_up(values.values()).tolist()
             return noise, signal
 
-        return grouped(self.averages, by, pair)
+        corrected = {name: average / self.weights[name] for name, average in self.averages.items()}
+        return grouped(corrected, by, pair)
 
     def value(self, by: By | None = None) -> Any:
         r"""$\mathrm{tr}\,\Sigma / \|\bar g\|^2$, of the moving averages.

@@ -59,24 +59,27 @@ class Projections(Quantity):
             raise ArgumentError(f"seed={seed!r}: it is a whole number from 0 to 2**64 - 1")
         self.dim, self.seed = dim, seed
         self.complex: set[str] = set()
-        self.drawn: dict[str, tuple[Tensor, Tensor]] = {}
+        self.drawn: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+        self.wrapped = False  # by DistributedDataParallel, which puts a word in front of names
 
     def attached(self, model: nn.Module, tracked: Mapping[str, nn.Parameter]) -> None:
         """See `Quantity.attached`."""
         super().attached(model, tracked)
+        self.wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         self.complex = {name for name, parameter in tracked.items() if parameter.is_complex()}
 
     def reduce(self, name: str, gradient: Total) -> Tensor:
         """See `Quantity.reduce`: `(B, K)`."""
-        if name not in self.drawn:
-            m = gradient.shape[0] if gradient.shape else 1
-            n = math.prod(gradient.shape[1:]) * (2 if name in self.complex else 1)
-            self.drawn[name] = self.signs(f"{name}, rows", m), self.signs(f"{name}, columns", n)
-        chunks = zip(*(signs.split(CHUNK, 1) for signs in self.drawn[name]), strict=True)
+        m = gradient.shape[0] if gradient.shape else 1
+        n = math.prod(gradient.shape[1:]) * (2 if name in self.complex else 1)
+        key = name.removeprefix("module.") if self.wrapped else name, m, n
+        if key not in self.drawn:
+            self.drawn[key] = self.signs(f"{key[0]}, rows", m), self.signs(f"{key[0]}, columns", n)
+        chunks = zip(*(signs.split(CHUNK, 1) for signs in self.drawn[key]), strict=True)
         found = torch.cat([gradient.project(rows, columns) for rows, columns in chunks], 1)
-        if found.device != self.drawn[name][0].device:  # where they are needed next time
-            rows, columns = self.drawn[name]
-            self.drawn[name] = rows.to(found.device), columns.to(found.device)
+        if found.device != self.drawn[key][0].device:  # where they are needed next time
+            rows, columns = self.drawn[key]
+            self.drawn[key] = rows.to(found.device), columns.to(found.device)
         return found / math.sqrt(self.dim)
 
     def signs(self, what: str, count: int) -> Tensor:

@@ -119,6 +119,7 @@ def score(
             f"quantities is a {type(quantities).__name__}; pass a dict from a column's name to a quantity, such as "
             '{"cosine": perex.Dots(direction)}'
         )
+    _check_names(quantities or {})
     if cuda_graphs and quantities:
         raise ScoringError("cuda_graphs=True is for losses and norms: further quantities count batches as they run")
     write = None if out is None else writer(out)
@@ -261,6 +262,22 @@ class _Columns:
         parts = {name: torch.cat(chunks)[rows] for name, chunks in self.parts.items()}
         extra = {name: quantity.pooled(chunks, rows) for name, (quantity, chunks) in self.extra.items()}
         return Scores(ids, torch.cat(self.losses)[rows], torch.cat(self.norms)[rows], parts, extra)
+
+
+TAKEN = ("id", "loss", "norm", "file", "allow_pickle")
+"""Names of columns that there are, and of arguments of NumPy, which writes them."""
+
+
+def _check_names(quantities: Mapping[str, Quantity]) -> None:
+    """Raise if a statistic's column would take another one's place."""
+    for name, quantity in quantities.items():
+        if not isinstance(name, str) or name in TAKEN or name.startswith("norm/"):
+            raise ScoringError(f"quantities: {name!r} is no name for a further column; give it another one")
+        for other, same in quantities.items():
+            if other != name and other.startswith(f"{name}/"):
+                raise ScoringError(f"quantities: {other!r} may be a column of {name!r}; give one of them another name")
+            if other != name and same is quantity:
+                raise ScoringError(f"quantities: {name!r} and {other!r} are one object, which would see all twice")
 
 
 def further_columns(px: Tracker, quantities: Mapping[str, Quantity]) -> Further:

@@ -143,6 +143,8 @@ class Scores:
         if k < 0:
             raise ScoringError(f"k must not be negative, but is {k}")
         values = columns[by]
+        if values.dtype.kind in "bu":  # which have no negatives
+            values = values.astype(np.float64)
         order = np.argsort(-values if descending else values, kind="stable")[:k]  # NumPy puts NaN last
         rows = torch.from_numpy(order)
         parts = {name: norms[rows] for name, norms in self.parts.items()}
