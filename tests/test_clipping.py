@@ -330,12 +330,12 @@ def test_arguments_of_clip(arguments, message):
         assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("weights", [torch.ones(B + 1), torch.ones(B, 1), [1.0] * B])
+@pytest.mark.parametrize("weights", [torch.ones(B + 1), torch.ones(B, 1), [1.0] * B, torch.ones(B) * 1j])
 def test_arguments_of_reweight(weights):
     model = net()
     with perex.attach(model, param_grads=False) as px:
         px.backward(losses_of(model, batch()))
-        with pytest.raises(perex.PerexError, match=r"expected a tensor of one an example, \(6,\)"):
+        with pytest.raises(perex.PerexError, match=r"expected a tensor of one number an example, \(6,\)"):
             px.reweight_(weights)
 
 

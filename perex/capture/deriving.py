@@ -14,7 +14,7 @@ from perex.capture.doubts import Doubts
 from perex.capture.forward import Forward
 from perex.capture.functions import called, holders
 from perex.capture.labels import Labels
-from perex.capture.operators import in_place, out_of_place
+from perex.capture.operators import FILLS, in_place, out_of_place
 from perex.capture.parameters import Entry, Shared
 from perex.capture.refusals import Refusals
 from perex.capture.spread import SPREADS, origin_of
@@ -115,7 +115,7 @@ class Deriving:
         From there on the constant derives from parameters; so does what it is a view of.
         """
         target = args[0]
-        replacement = fill if func is Tensor.copy_ else out_of_place(func)
+        replacement = fill if func in FILLS else out_of_place(func)
         base = target._base
         if replacement is None or base is not None and base.requires_grad:
             what = "a constant" if base is None else "a view of one"

@@ -34,6 +34,7 @@ from perex.capture.meeting import Meeting
 from perex.capture.memo import ALIKE, Memo
 from perex.capture.operators import (
     BRANCHES,
+    FILLS,
     NUMBERS,
     PARTS,
     PASSED_OVER,
@@ -402,7 +403,7 @@ class Capture(TorchFunctionMode):
         if isinstance(held, Shared) and held.tensor._is_view():
             why = "writes examples into a view of a tensor derived from parameters: assign what it gives instead"
             raise self.refuse.unsupported(func, why)
-        if func is Tensor.copy_:
+        if func in FILLS:
             written = self.meeting.operator(fill, (target, args[1]), {})
         else:
             replacement = out_of_place(func)

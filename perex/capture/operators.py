@@ -68,6 +68,9 @@ BRANCHES = frozenset(
 READS_FIRST = frozenset({Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as})
 """Operators that read only the shape or type of their further arguments."""
 
+FILLS = frozenset({Tensor.copy_, Tensor.fill_, torch.fill_})
+"""Operators that write a value over all of their first argument."""
+
 RESHAPES = frozenset("unsqueeze_ squeeze_ t_ transpose_ swapaxes_ swapdims_ as_strided_ resize_ resize_as_".split())
 """Operators that change the shape of their first argument."""
 

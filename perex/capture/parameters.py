@@ -177,12 +177,6 @@ class Parameters:
         """Take up new and swapped parameters, and drop those that are gone."""
         found: dict[int, Entry] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if parameter.grad_fn is not None and not isinstance(parameter, nn.Parameter):
-                raise AttachError(
-                    f"'{name}' is a tensor computed from others now, in the place of the model's parameter, as "
-                    "torch.func.functional_call puts it there: perex cannot follow it back. Compute it within the "
-                    "attached model, by torch.nn.utils.parametrize or in the forward of a module around it"
-                )
             entry = found.get(id(parameter))
             if entry is None:
                 entry = self.entries.get(id(parameter))
@@ -207,6 +201,16 @@ class Parameters:
         self.members = set(map(id, self.modules))
         self.layout = layout_of(self.modules)
         self.follow()
+
+    def refuse_computed(self) -> None:
+        """Raise if tensors that were computed from others are in the place of parameters."""
+        for entry in self.current:
+            if entry.parameter.grad_fn is not None and not isinstance(entry.parameter, nn.Parameter):
+                raise AttachError(
+                    f"'{entry.name}' is a tensor computed from others now, in the place of the model's parameter, as "
+                    "torch.func.functional_call puts it there: perex cannot follow it back. Compute it within the "
+                    "attached model, by torch.nn.utils.parametrize or in the forward of a module around it"
+                )
 
     def follow(self) -> None:
         """Watch those that are tracked now; `swap_tensors` takes a parameter's hooks away, and its place in graphs."""

@@ -142,6 +142,8 @@ class Session:
                 self.capture.record = self.capture.forward.record = None
         if frame.begins:
             self.root = module
+            if not self.parameters.sharded:
+                self.parameters.refuse_computed()
         if self.parameters.sharded and self.root is not None:
             leave_last(self.root)
         refuse_batch_statistics(path, module)
