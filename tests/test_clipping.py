@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 
 import pytest
 import torch
@@ -456,3 +457,80 @@ def test_bounds_of_groups_given_as_groups():
             px.clip_(1.0, by={"0.*": 1.0, "2.*": 2.0})
         with pytest.raises(perex.ArgumentError, match="say with `by` what these are"):
             px.clip_({"0.*": 1.0})
+
+
+# What `.grad` held
+
+
+@pytest.mark.parametrize("memory", ["high", "low"])
+@pytest.mark.parametrize("param_grads", [True, False])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_what_was_cleared_stays_so(memory, param_grads, sparse, to_none):
+    """Also for a second sum, and where the gradient is sparse."""
+    model = nn.Embedding(5, 1, sparse=sparse)
+    ids = torch.tensor([[1, 2], [2, 3]])
+    px = perex.attach(model, param_grads=param_grads, memory=memory, loss_reduction="sum")
+    px.backward(model(ids).sum((1, 2)))
+    for _ in range(2 if memory == "high" else 1):  # in little memory there is one sum a backward
+        px.reweight_(torch.ones(2))
+    px.backward(model(ids).sum((1, 2)))
+    model.zero_grad(set_to_none=to_none)
+    for _ in range(2 if memory == "high" else 1):
+        px.reweight_(torch.ones(2))
+        assert model.weight.grad.to_dense().flatten().tolist() == [0, 1, 2, 1, 0]
+
+
+@pytest.mark.parametrize("memory", ["high", "low"])
+@pytest.mark.parametrize("param_grads", [True, False])
+def test_what_comes_out_as_zero_was_not_cleared(memory, param_grads):
+    """As where a critic's losses of real and of generated examples cancel in the last bias."""
+    model, x = nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    px = perex.attach(model, param_grads=param_grads, memory=memory, loss_reduction="sum")
+    px.backward(-model(x).squeeze(1))
+    px.clip_(100.0)
+    px.backward(model(x).squeeze(1))
+    px.clip_(100.0)
+    assert not model.weight.grad.any() and not model.bias.grad.any()
+    px.backward(model(x).squeeze(1))
+    px.reweight_(torch.tensor([0.0, 1.0]))
+    assert model.weight.grad.tolist() == [[3.0, 4.0]]
+    px.backward(model(x).squeeze(1))
+    for _ in range(2 if memory == "high" else 1):  # what a sum of perex's own brings to zero, too
+        px.reweight_(torch.tensor([0.0, -1.0]))
+        assert not model.weight.grad.any()
+
+
+@pytest.mark.parametrize("param_grads", [True, False])
+def test_a_parameter_that_is_frozen_behind_the_forward(param_grads):
+    model = net()
+    with perex.attach(model, param_grads=param_grads, memory="high") as px:
+        each = losses_of(model, batch())
+        name, parameter = next(iter(model.named_parameters()))
+        parameter.requires_grad_(False)
+        px.backward(each)
+        px.reweight_(torch.full((B,), 1 / B))
+        found = parameter.grad.clone()
+    parameter.requires_grad_(True)
+    model.zero_grad()
+    losses_of(model, batch()).mean().backward()
+    assert torch.allclose(found, parameter.grad), name
+
+
+@pytest.mark.parametrize("memory", ["high", "low"])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 1000.0), (torch.bfloat16, 1.0), (torch.int64, 3)])
+def test_weights_in_few_bits(memory, dtype, size):
+    model, x = nn.Linear(4, 1), torch.randn(257, 4)
+    with perex.attach(model, param_grads=False, memory=memory) as px:
+        px.backward(model(x).squeeze(1))
+        px.reweight_(torch.full((257,), size, dtype=dtype))
+    assert torch.allclose(model.weight.grad, size * x.sum(0, keepdim=True), rtol=1e-4, atol=1e-3 * size)
+
+
+def test_automatic_clipping_takes_finite_bounds():
+    model = net()
+    with perex.attach(model, param_grads=False) as px:
+        px.backward(losses_of(model, batch()))
+        for arguments in ({"max_norm": math.inf}, {"max_norm": 1.0, "stability": -1.0}):
+            with pytest.raises(perex.PerexError, match="normalize=True divides"):
+                px.clip_(normalize=True, **arguments)

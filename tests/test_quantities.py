@@ -332,3 +332,88 @@ def test_all_pairs_of_a_pool(memory):
     torch.testing.assert_close(scores.norms.square(), whole.diagonal())
     best = scores.top(3)
     assert torch.equal(best.extra["k"], scores.extra["k"][best.ids])  # beside the whole pool
+
+
+# Numbers of all kinds
+
+
+def test_cosines_of_what_is_no_number():
+    model, x = net(), batch()
+    x[2] = torch.nan
+    dots = perex.Dots({name: torch.ones_like(p) for name, p in model.named_parameters()})
+    px = read(dots, model, x)
+    assert dots.cosines(px).isnan().tolist() == [b == 2 for b in range(B)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int8])
+@pytest.mark.parametrize("size", [1e-5, 1.0, 300.0])
+def test_cosines_along_directions_in_few_bits(dtype, size):
+    """Their squares over- and underflow."""
+    model, x = net().float(), batch().float()
+    size = min(size, 100.0) if dtype == torch.int8 else size
+    direction = {name: (torch.randn_like(p) * size).to(dtype) for name, p in model.named_parameters()}
+    dots = perex.Dots(direction)
+    px = read(dots, model, x)
+    along = torch.cat([v.double().flatten() for v in direction.values()])
+    gradients = flat({name: g.double() for name, g in each(model, x).items()})
+    if not along.any():
+        assert not dots.cosines(px).any()
+        return
+    expected = gradients @ along / gradients.norm(dim=1) / along.norm()
+    assert torch.allclose(dots.cosines(px).double(), expected, atol=1e-5)
+
+
+def test_cosines_are_of_the_direction_as_it_was():
+    """A momentum buffer changes with the step; the inner products are of the backward."""
+    model, x = net(), batch()
+    direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    dots = perex.Dots(direction)
+    px = read(dots, model, x)
+    before = dots.cosines(px)
+    for tensor in direction.values():
+        tensor.mul_(1e-3)
+    assert torch.equal(dots.cosines(px), before)
+
+
+def test_a_sparse_direction():
+    model = nn.Embedding(5, 3, sparse=True).double()
+    ids = torch.tensor([[1, 2], [2, 4]])
+    model(ids).sin().sum().backward()
+    dots = perex.Dots([model.weight.grad])
+    with perex.attach(model, dots, param_grads=False) as px:
+        px.backward(model(ids).sum((1, 2)))
+    counts = torch.zeros(5, 1).double().index_add_(0, ids.flatten(), torch.ones(4, 1).double())
+    expected = (counts * model.weight.detach().cos())[ids].sum((1, 2))
+    assert torch.allclose(px.read(dots), expected)
+
+
+def test_projections_of_another_model():
+    """One object for several: signs are of a name and a shape."""
+    projections = perex.Projections(16, seed=3)
+    for shape in ((3, 4), (4, 3), (3, 4)):
+        torch.manual_seed(0)
+        model = nn.Linear(*shape)
+        x, fresh = torch.randn(B, shape[0]), perex.Projections(16, seed=3)
+        with perex.attach(model, projections, fresh) as px:
+            px.backward(model(x).sin().sum(1))
+        assert torch.equal(px.read(projections), px.read(fresh))
+
+
+def test_noise_of_parameters_that_come_and_go():
+    """Each average is corrected for its own start, and those of a frozen layer count no more."""
+    model, x, noise = net(), batch(), perex.NoiseScale(decay=0.5)
+    with perex.attach(model, noise, param_grads=False) as px:
+
+        def step() -> None:
+            px.backward(losses_of(model, x))
+            noise.update(px)
+
+        step()
+        whole = noise.parts(by="module")
+        model[0].requires_grad_(False)
+        for _ in range(5):
+            step()
+        assert set(noise.parts(by="module")) == {"2"} and noise.parts() == pytest.approx(whole["2"])
+        model[0].requires_grad_(True)
+        step()
+        assert noise.parts(by="module")["0"] == pytest.approx(whole["0"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from perex.errors import LossError, PerexError
-from perex.quantities import Grads, Gram, NoiseScale
+from perex.quantities import Grads, Gram, NoiseScale, Projections
 from perex.scoring import Scores, ScoringError, score
 from perex.scoring.recorded import form_of
 
@@ -574,3 +574,28 @@ def test_what_else_can_be_done_is_said() -> None:
     scores = score(model, data, criterion, progress=False)
     with pytest.raises(ScoringError, match="k is 0.1; pass how many"):
         scores.top(0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("norm", "b"), ("loss", "b"), ("norm/0", "b"), ("file", "b"), ("p", "p/0"), ("val/cosine", "val")],
+    ids="-".join,
+)
+def test_columns_do_not_take_each_others_places(names):
+    model, data = nn.Linear(3, 2), (torch.randn(4, 3), torch.zeros(4, 2))
+    quantities = dict(zip(names, (Projections(2), Gram()), strict=True))
+    with pytest.raises(ScoringError, match="another"):
+        score(model, data, nn.MSELoss(), quantities=quantities)
+
+
+def test_one_statistic_under_two_names():
+    model, data, gram = nn.Linear(3, 2), (torch.randn(4, 3), torch.zeros(4, 2)), Gram()
+    with pytest.raises(ScoringError, match="one object"):
+        score(model, data, nn.MSELoss(), quantities={"a": gram, "b": gram})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_ranked_by_what_has_no_negatives(dtype):
+    extra = {"k": torch.tensor([0, 1, 0], dtype=dtype)}
+    scores = Scores(np.arange(3), torch.zeros(3), torch.zeros(3), {}, extra)
+    assert scores.top(1, by="k").ids.tolist() == [1] and scores.bottom(2, by="k").ids.tolist() == [0, 2]
