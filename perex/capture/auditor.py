@@ -67,7 +67,8 @@ class Auditor:
     ) -> Record | None:
         """A record for running some examples of this batch alone, if its inputs have shapes that are new."""
         inputs = tensors_of((args, kwargs))
-        forward.shapes = tuple(kind_of(tensor, forward.batch) for tensor in inputs), module.training
+        kinds = tuple(kind_of(tensor, forward.batch) for tensor in inputs), module.training
+        forward.shapes = kinds if forward.shapes is None else (forward.shapes, kinds)
         if not self.enabled or parameters.sharded:  # then every process would have to run as many
             return None
         unlooked = self.functions and forward.shapes not in self.looked
@@ -94,6 +95,15 @@ class Auditor:
         record = Record(examples, forward.batch, inner, of)
         record.versions = parameters.versions()
         return record
+
+    def go_on(self, forward: Forward, parameters: Parameters) -> None:
+        """Check what has run of a forward before another part of the model does: each is run alone by itself."""
+        if self.enabled and forward.record is not None:
+            try:
+                self.check(forward, parameters)
+            except PerexError as error:
+                forward.error = anew(error)
+        forward.settled, forward.doubt, forward.strength = False, None, 0
 
     def look(self, forward: Forward, ends: Sequence[Any], parameters: Parameters) -> None:
         """Check a forward that leaves a doubt as soon as it is over, and remember what was found."""

@@ -38,6 +38,10 @@ CONSTANT = "constant"
 
 EARLIER_VIEW = Lost("unknown", "examples were written into the memory of a tensor by way of another one, as a view")
 
+BETWEEN = Lost(
+    "unknown", "a tensor was kept from one call of a part of the model to the next, and changed between them"
+)
+
 Mark = Axis | Single | Lost | Shared | str | None
 
 
@@ -68,6 +72,9 @@ class Labels:
         self.doubtful = doubtful
         self.valued = 0  # in how many operators values had a say in where the examples are
         self.marked: list[weakref.ref[Tensor]] = []
+        self.kept: list[
+            tuple[weakref.ref[Tensor], Axis | Single | Lost | str, bool, int]
+        ] = []  # behind an earlier call
         self.derived: dict[Entry, Tensor] = {}  # what derived tensors were made of, over the whole forward
         self.rewritten = False  # whether one of them was changed in place
         self.spoiled: dict[int, tuple[Lost, Tensor]] = {}  # memory into which a mixture of examples was written
@@ -208,14 +215,29 @@ class Labels:
         return placed(dim, owners, self.batch)
 
     def clean(self) -> None:
-        """Take the labels off all tensors that are still alive."""
+        """Take the labels off all tensors that are still alive; what these are is kept, should the forward go on."""
+        self.kept = []
         for ref in self.marked:
             tensor = ref()
-            if tensor is not None:
-                self.mark(tensor, None)
+            if tensor is None:
+                continue
+            label = self.of(tensor)
+            if label is not None and not isinstance(label, Shared) and not tensor.is_inference():
+                self.kept.append((ref, label, self.real(tensor), tensor._version))
+            self.mark(tensor, None)
         self.marked.clear()
         self.spoiled.clear()
         self.changes.clear()
+
+    def take_up(self) -> set[int]:
+        """Put the labels of an earlier call of the same forward back, where tensors have been kept; which these are."""
+        kept, self.kept = self.kept, []
+        found = set()
+        for ref, label, real, version in kept:
+            if (tensor := ref()) is not None:
+                self.mark(tensor, label if tensor._version == version else BETWEEN, real)
+                found.add(id(tensor))
+        return found
 
     def batched(self) -> list[weakref.ref[Tensor]]:
         """What is of examples."""

@@ -129,6 +129,7 @@ class Capture(TorchFunctionMode):
         self.record: Record | None = None  # of examples to run alone later
         self.opaque: object | None = None  # the running module that a rule of its own covers
         self.inputs: list[Tensor] = []
+        self.kept: set[int] = set()  # tensors from an earlier call of this forward, by what part of the model called it
         self.ambiguous: str | None = None  # inputs of several sizes along the batch dimension
         self.made: Made = {}  # rows that were made again
 
@@ -214,6 +215,8 @@ class Capture(TorchFunctionMode):
             kind = labels.kind(tensor, mark)
             kinds |= FOREIGN if not kind and doubts.foreign(tensor) else kind
             marks.append((tensor, mark))
+        if self.record is not None and self.kept and any(id(tensor) in self.kept for tensor, _ in marks):
+            self.record = self.forward.record = None  # one example alone would read all of it
         if not kinds & ~FOREIGN:
             return self.constant(func, args, kwargs, bool(kinds))
         if kinds & STRANGER and not torch.is_grad_enabled():  # numbers from where perex cannot see, then

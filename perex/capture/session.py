@@ -227,6 +227,7 @@ class Session:
                 self.receiver.began(forward)
         assert capture is not None
         self.capture = capture
+        capture.kept = capture.labels.take_up() - set(map(id, inputs))
         capture.inputs = inputs
         capture.forward.fed = capture.forward.fed or any(tensor.grad_fn is not None for tensor in inputs)
         batch = capture.forward.batch
@@ -247,9 +248,10 @@ class Session:
                 f"the first input has {rows} rows, and another one suggests {batch} examples: "
                 "`px.backward(losses)`, with one loss an example, can tell. Or hand the batch over first"
             )
-        if goes_on or recomputed:
-            capture.record = capture.forward.record = None
-        elif batch > 1:
+        if goes_on:
+            self.auditor.go_on(capture.forward, self.parameters)
+        capture.record = capture.forward.record = None
+        if batch > 1 and not recomputed and not (goes_on and (capture.forward.hooks or capture.forward.module_hooks)):
             capture.record = capture.forward.record = self.auditor.record(
                 capture.labels, capture.forward, module, args, kwargs, self.parameters
             )
