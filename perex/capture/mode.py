@@ -17,6 +17,7 @@ from perex.capture.carry import CHOOSES, COUNTS, tensors_in
 from perex.capture.deriving import Deriving
 from perex.capture.doubts import FAINT, UNSEEN, Doubts, remember, slice_ends
 from perex.capture.forward import Forward
+from perex.capture.hooked import hooked
 from perex.capture.labels import (
     BATCHED,
     CONSTANT,
@@ -48,12 +49,12 @@ from perex.capture.operators import (
     out_of_place,
 )
 from perex.capture.parameters import Parameters, Shared
-from perex.capture.probe import closed_over, watched
 from perex.capture.record import Record, draws
 from perex.capture.refusals import Refusals
 from perex.capture.rewrites import rewritten
 from perex.capture.spread import Made, Spread
-from perex.capture.suspects import of_hook, of_user
+from perex.capture.suspects import of_user
+from perex.capture.watching import mark_watched, watch, watched
 from perex.capture.writes import Writes
 from perex.rules.broadcast import fill
 from perex.rules.call import pack, unpack
@@ -70,23 +71,7 @@ WRITES_ROWS = frozenset(
 """In-place operators that say which rows they write."""
 
 
-WATCHED = "perex_watched"
-"""Under which a node of the graph says that it is an error if a gradient reaches it, or reaches what it is made of."""
-
 INDEXES = (Tensor.__getitem__, Tensor.__setitem__)
-
-
-def mark_watched(node: Any) -> None:
-    """Note that of a node."""
-    if node is not None:
-        node.metadata[WATCHED] = True
-
-
-def observes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a gradient hook is of `register_multi_grad_hook`, as torch's module tracker's are: it changes nothing."""
-    hook = next(iter((*args[1:], *kwargs.values())), None)
-    name = getattr(hook, "__qualname__", "")
-    return getattr(hook, "__module__", "") == "torch.autograd.graph" and name.startswith("register_multi_grad_hook.")
 
 
 class Capture(TorchFunctionMode):
@@ -229,23 +214,8 @@ class Capture(TorchFunctionMode):
             return self.doubts.branch(func, args, kwargs)
         if func in UNFOLLOWED:
             return doubts.unfollowed(func, args, kwargs)
-        if func is Tensor.register_hook and isinstance(labels.of(args[0]), Shared) and not observes(args, kwargs):
-            raise self.refuse.unsupported(
-                func,
-                "is called on a tensor derived from parameters alone, whose gradient perex works out for each example "
-                "by itself, past hooks. Put the hook on the parameter, or on what examples make of the tensor",
-            )
         if func is Tensor.register_hook:
-            held, (hook,) = labels.held(args[0]), (*args[1:], *kwargs.values())
-            if held is None:
-                return func(*args, **kwargs)
-            self.forward.hooks.append(of_hook(hook, args[0]))
-            if any(isinstance(labels.of(tensor), Lost) for tensor in closed_over(hook)):
-                self.forward.asks = (
-                    "a gradient hook holds something computed from several examples: whether it keeps them apart, "
-                    "`px.backward(losses)`, with one loss an example, can tell"
-                )
-            return func(args[0], watched(hook, self.forward, held))
+            return hooked(self, func, args, kwargs)
         if func in PARTS:
             with self:
                 PARTS[func](args[0]).copy_(args[1])
@@ -330,11 +300,11 @@ class Capture(TorchFunctionMode):
                     label = self.refuse.placed(label)
                 self.refuse.mixed(label)
                 if isinstance(label, Lost) and tensor.requires_grad:
-                    hooked = any(mark is label and self.watched(source) for source, mark in marks)
-                    if not hooked or self.labels.spoils(label):
+                    seen = any(mark is label and watched(source) for source, mark in marks)
+                    if not seen or self.labels.spoils(label):
                         self.watch(tensor, label)
                     else:
-                        mark_watched(tensor.grad_fn)
+                        mark_watched(tensor)
             if id(tensor) not in written:
                 made_of_own = tensor.grad_fn is not None or tensor._base is not None
                 mark = CONSTANT if label is None and made_of_own and not strange else label
@@ -353,22 +323,7 @@ class Capture(TorchFunctionMode):
         refuse = self.refuse.when_differentiated(self.forward, label)
         if label.kind == "reduced" and not always:  # as a loss of the batch is, but none of one example
             refuse = partial(self.forward.summed, self.refuse.error(label))
-        if tensor.grad_fn is None:
-            tensor.register_hook(lambda grad: refuse())
-            return
-        number = tensor.output_nr
-        mark_watched(tensor.grad_fn)
-
-        def arrived(grads: tuple[Tensor | None, ...]) -> None:
-            if grads[number] is not None:
-                refuse()
-
-        tensor.grad_fn.register_prehook(arrived)  # a hook on a view that was changed in place can crash torch
-
-    def watched(self, tensor: Tensor) -> bool:
-        """Whether that was done with a tensor, or what it is made of; its graph may be younger than its label."""
-        node: Any = tensor.grad_fn
-        return tensor.requires_grad and (node is None or WATCHED in node.metadata)
+        watch(tensor, refuse)
 
     def run(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], detach: bool) -> Any:
         """Run an operator on stand-ins, perhaps detached where gradients are wanted."""
