@@ -155,11 +155,7 @@ perex again, with the middle example two tokens shorter by its attention mask: {
 
 In a private step of `perex.privacy.PrivacyEngine` without noise, clipped at the median norm, with the sum of clipped
 gradients compared to the loop's, of the batch and of the batch without each of its examples: {private}. One example
-moves the sum by {moved:.6f} clip bounds at most. Batches of two whose first input says nothing of how many examples
-there are may be refused where the batch of three is not.
-
-`vmap` was also tried without masks that hide nothing, and with eager attention, and the best counts. Opacus looks at
-modules in training mode only: it had that, without dropout and with batch norm in eval mode.
+moves the sum by {moved:.6f} clip bounds at most.
 """
 ODD = """
 These models compute something else for a batch than for its examples one by one, without any library: random numbers
