@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
 from inputs import BATCH, Inputs
-from judge import TOTAL, Loss, Norms, outputs, spelled_out, tracked
+from judge import TOTAL, Loss, Norms, spelled_out, tracked
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 STEPS = 2  # the first is checked, those after it are not
+
+
+def output(out: Any, path: str) -> Tensor:
+    """What a model returned at one of `judge.outputs`' paths, and nothing else of it."""
+    for name, number in re.findall(r"\.([^.\[]+)|\[(\d+)\]", path):
+        out = out[name] if name else out[int(number)]
+    assert isinstance(out, Tensor)
+    return out
 
 
 class Criterion(nn.Module):
@@ -22,9 +31,8 @@ class Criterion(nn.Module):
         self.loss, self.reduction = loss, "sum"
 
     def forward(self, out: Any, index: Tensor) -> Tensor:
-        found = dict(outputs(out))
         weights = self.loss.weights.items()
-        losses = sum((w.pieces(found[path], len(index)) * w.values[index]).sum(1) for path, w in weights)
+        losses = sum((w.pieces(output(out, path), len(index)) * w.values[index]).sum(1) for path, w in weights)
         assert isinstance(losses, Tensor)
         return losses if self.reduction == "none" else losses.sum()
 
