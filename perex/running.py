@@ -162,7 +162,7 @@ class Running(Backwards):
         """Leave alone the gradients that tensors retain. To find all takes long: not where none is known to do so."""
         near = [*losses, *(tensor for ref, _ in self.session.outputs.labels if (tensor := ref()) is not None)]
         retains = any(forward.retains for forward in forwards) or any(tensor.retains_grad for tensor in near)
-        if self.retains is False and not retains:
+        if self.retains is False and not retains and not losses:  # nothing is new, as it is where losses are checked
             yield
             return
         with spared(None if retains else min(forwards, key=lambda forward: forward.number)) as tensors:

@@ -501,6 +501,19 @@ def test_what_comes_out_as_zero_was_not_cleared(memory, param_grads):
         assert not model.weight.grad.any()
 
 
+@pytest.mark.parametrize("memory", ["high", "low"])
+@pytest.mark.parametrize("param_grads", [True, False])
+def test_what_was_cleared_out_of_autograds_sight(memory, param_grads):
+    model, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    px = perex.attach(model, param_grads=param_grads, memory=memory, loss_reduction="sum")
+    for _ in range(2):
+        px.backward(model(x).squeeze(1))
+        if model.weight.grad is not None:
+            model.weight.grad.data.zero_()
+        px.reweight_(torch.ones(2))
+        assert model.weight.grad.tolist() == [[4.0, 6.0]]
+
+
 @pytest.mark.parametrize("param_grads", [True, False])
 def test_a_parameter_that_is_frozen_behind_the_forward(param_grads):
     model = net()

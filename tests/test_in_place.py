@@ -57,6 +57,41 @@ def into_a_view_of_a_view(m: Any, x: Tensor) -> Tensor:
     return torch.einsum("bd,end->ben", m.l(x), table)
 
 
+def a_number_set(m: Any, x: Tensor) -> Tensor:
+    table = x.new_zeros(3, D)
+    table.add_(m.w)
+    table[0] = 1.0
+    table[1, torch.arange(D) > 1] = -2.0
+    return m.l(x) @ table.T
+
+
+def changed_behind_a_view(m: Any, x: Tensor) -> Tensor:
+    table = x.new_zeros(3, D)
+    table.add_(m.w)
+    row = table[0]
+    table.mul_(2.0)
+    row += m.k
+    table[1] = m.w * 3
+    return m.l(x) * row + m.l(x) @ table.T.sum(1, keepdim=True)
+
+
+def set_behind_a_view(m: Any, x: Tensor) -> Tensor:
+    table = x.new_zeros(3, D)
+    table[0] = m.w
+    row = table[0]
+    table[0] = m.w * 3
+    return m.l(x) * row
+
+
+def by_rows(m: Any, x: Tensor) -> Tensor:
+    table = x.new_zeros(3, D)
+    for i in range(3):
+        table[i] += m.w * (i + 1)
+    with torch.no_grad():
+        size = table.norm().detach() * 0 + 2
+    return m.l(x) @ (table / size).T
+
+
 EXACT: dict[str, Forward] = {
     "copied": copied,
     "added": lambda m, x: m.l(x) + x.new_zeros(D).add_(m.w, alpha=2),
@@ -66,6 +101,11 @@ EXACT: dict[str, Forward] = {
     "all of it": lambda m, x: m.l(x) * x.new_zeros(D).fill_(m.k),
     "like the batch": like_the_batch,
     "into a view": into_a_view,
+    "behind a view": changed_behind_a_view,
+    "set behind a view": set_behind_a_view,
+    "by rows": by_rows,
+    "and a number over that": a_number_set,
+    "the same number wherever a mask is": lambda m, x: m.l(x).masked_scatter(x[:, :1] > 0, x.new_zeros(40)) * m.w,
     "into a view of a view": into_a_view_of_a_view,
 }
 
@@ -130,6 +170,35 @@ def transposed(m: Any, x: Tensor) -> Tensor:
     return m.l(x) * q.shape[0]
 
 
+def row_by_row(m: Any, x: Tensor) -> Tensor:
+    table = x.new_zeros(3, D)
+    for i in range(3):
+        table[i].copy_(m.w * (i + 1))
+    with torch.no_grad():
+        size = table.norm()
+    return m.l(x) @ (table / size).T
+
+
+def by_a_number_in_a_view(m: Any, x: Tensor) -> Tensor:
+    table = x.new_zeros(3, D)
+    table[0] = m.w
+    table[0][1] = 7.0
+    return m.l(x) @ table.T * float(table.detach()[0, 1])
+
+
+def a_view_taken_before(m: Any, x: Tensor) -> Tensor:
+    table = x.new_zeros(3, D)
+    turned = table.T
+    table.add_(m.w)
+    return m.l(x) @ turned
+
+
+def copied_onto_a_parameter(m: Any, x: Tensor) -> Tensor:
+    q = m.w.expand(len(x), D).clone()
+    q.copy_(m.l(x))
+    return q
+
+
 CAREFUL: dict[str, Forward] = {
     function.__name__: function
     for function in (
@@ -141,8 +210,21 @@ CAREFUL: dict[str, Forward] = {
         a_number,
         unsqueezed,
         transposed,
+        row_by_row,
+        by_a_number_in_a_view,
+        a_view_taken_before,
+        copied_onto_a_parameter,
     )
 }
+
+
+@pytest.mark.parametrize("function", [row_by_row, by_rows, into_a_view, changed_behind_a_view, a_number_set])
+def test_the_model_computes_what_it_does_by_itself(function):
+    """Also from memory that is read without gradients."""
+    model, x = net(function), torch.randn(B, 3).double()
+    expected = model(x)
+    with perex.attach(model, param_grads=False):
+        assert torch.allclose(model(x), expected)
 
 
 @pytest.mark.parametrize("name", CAREFUL)

@@ -103,3 +103,18 @@ def test_they_are_found_wherever_they_are():
     losses, tensors = forward(oracle.scramble(Net()))
     assert {id(tensor) for tensor in tensors} <= {id(tensor) for tensor in retained()}
     assert losses.requires_grad
+
+
+@pytest.mark.parametrize("memory", ["high", "low"])
+def test_behind_the_output_from_a_later_step_on(memory):
+    """Losses of a new kind are checked, and so is who retains gradients."""
+    model = oracle.scramble(nn.Linear(D, 4))
+    with perex.attach(model, memory=memory) as px:
+        for step in range(3):
+            y = model(x)
+            z = y * 2 if step else y
+            if step:
+                z.retain_grad()
+            px.backward(z.square().sum(1))
+            if step:
+                assert torch.allclose(z.grad, 2 * z.detach() / B)

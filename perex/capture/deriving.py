@@ -52,7 +52,7 @@ class Deriving:
             self.labels.mark(args[0], None)
             self.doubts.made(args)
             return out
-        if in_place(func) and args and isinstance(args[0], Tensor) and self.held_apart(args[0]):
+        if in_place(func) and args and isinstance(args[0], Tensor) and self.labels.source(args[0]) is None:
             return self.written(func, args, kwargs)
         tensors: list[Tensor] = []
         template = pack((args, kwargs), tensors)
@@ -76,6 +76,8 @@ class Deriving:
             if isinstance(args[0], Tensor) and isinstance(held := self.labels.of(args[0]), Shared):
                 made_of = tuple(entries), tuple(entries.values())
                 self.labels.mark(args[0], Shared(held.tensor, *made_of, spared=spared))
+                if self.labels.apart:
+                    self.labels.bring_up(args[0])
         same = {id(stand_in): tensor for stand_in, tensor in zip(stand_ins, tensors, strict=True)}
         origin = None if in_place(func) or func is Tensor.__setitem__ else origin_of(self.labels, func, args, kwargs)
         shown = self.labels.source(args[0]) if func in SPREADS and args else None
@@ -102,13 +104,6 @@ class Deriving:
             return type(out)(map(guarded, out))
         return unpack(template, [guarded(tensor) for tensor in produced])
 
-    def held_apart(self, tensor: Tensor) -> bool:
-        """Whether what stands for a tensor has other memory than it has, or nothing does, as for a constant."""
-        if id(tensor) in self.labels.parameters.entries:
-            return False
-        held = self.labels.of(tensor)
-        return not isinstance(held, Shared) or held.tensor.data_ptr() != tensor.data_ptr()
-
     def written(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run an operator that writes parameters into a constant: one out of place, and a copy of what it gives.
 
@@ -126,11 +121,10 @@ class Deriving:
         if result.dtype != target.dtype:
             result = self.operator(Tensor.to, (result, target.dtype), {})
         if base is None:
-            target.copy_(result)
-        else:
-            place = target.size(), target.stride(), target.storage_offset()
-            whole = self.operator(torch.as_strided_scatter, (base, result, *place), {})
-            base.copy_(whole)
-            self.labels.mark(base, self.labels.of(whole))
-        self.labels.mark(target, self.labels.of(result))
+            self.labels.written(target, result)
+            return target
+        place = target.size(), target.stride(), target.storage_offset()
+        self.labels.written(base, self.operator(torch.as_strided_scatter, (base, result, *place), {}))
+        shown = self.operator(torch.as_strided, (base, *place), {})  # later writes to either are to both
+        self.labels.mark(target, self.labels.of(shown))
         return target

@@ -39,6 +39,8 @@ CONSTANT = "constant"
 
 EARLIER_VIEW = Lost("unknown", "examples were written into the memory of a tensor by way of another one, as a view")
 
+EARLIER_VIEW_OF_PARAMETERS = Lost("unknown", "parameters were written into a tensor after a view of it was taken")
+
 BETWEEN = Lost(
     "unknown", "a tensor was kept from one call of a part of the model to the next, and changed between them"
 )
@@ -80,6 +82,7 @@ class Labels:
         self.rewritten = False  # whether one of them was changed in place
         self.spoiled: dict[int, tuple[Lost, Tensor]] = {}  # memory into which a mixture of examples was written
         self.blanks: dict[int, StorageWeakRef] = {}  # memory made like a batch, with nothing of it in there yet
+        self.apart: dict[int, tuple[StorageWeakRef, weakref.ref[Tensor]]] = {}  # see `written`
         self.clock = 0  # how often a memory's label was changed
         self.changes: dict[
             int, tuple[int, StorageWeakRef]
@@ -98,6 +101,8 @@ class Labels:
         number, label, _, _ = UNMARKED if base is None else getattr(base, self.key, UNMARKED)
         if base is None or number != self.number:
             return None
+        if isinstance(label, Shared):
+            return EARLIER_VIEW_OF_PARAMETERS
         return label if isinstance(label, Axis) and whole_view(tensor, base) else EARLIER_VIEW
 
     def outdated(self, tensor: Tensor, when: int) -> bool:
@@ -159,6 +164,22 @@ class Labels:
     def spoils(self, label: Label) -> bool:
         """Whether this is the label of spoiled memory, whose tensors nobody watches."""
         return any(found is label for found, _ in self.spoiled.values())
+
+    def written(self, target: Tensor, result: Tensor) -> None:
+        """Write what derives from parameters over a constant, which derives from them then, in memory of its own."""
+        target.copy_(result)
+        label = self.of(result)
+        self.mark(target, label)
+        if isinstance(label, Shared) and (key := storage(label.tensor)) >= 0:
+            self.apart[key] = StorageWeakRef(label.tensor.untyped_storage()), weakref.ref(target)
+
+    def bring_up(self, tensor: Tensor) -> None:
+        """What stands for a tensor was changed in place: bring the memory of such a constant up to that."""
+        label = self.of(tensor)
+        known = self.apart.get(storage(label.tensor)) if isinstance(label, Shared) else None
+        target = None if known is None else known[1]()
+        if target is not None and isinstance(whole := self.of(target), Shared):
+            target.detach().copy_(whole.tensor.detach())
 
     def blanked(self, tensor: Tensor) -> None:
         """Remember that a tensor was made like a batch, as by `zeros_like`, and holds nothing of it."""

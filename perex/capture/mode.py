@@ -357,9 +357,8 @@ class Capture(TorchFunctionMode):
             spread = Spread(self.labels, self.meeting, self.call, self.made).arguments(func, args, kwargs)
             return self.meeting.operator(func, args, kwargs) if spread is None else self.call(func, *spread)
         target = args[0]
-        derives = isinstance(held := self.labels.of(target), Shared)
-        if isinstance(held, Shared) and held.tensor._is_view():
-            why = "writes examples into a view of a tensor derived from parameters: assign what it gives instead"
+        if isinstance(self.labels.of(target), Shared):  # whose guard would take the gradient of what is written over
+            why = "writes examples into a tensor derived from parameters: assign its result instead"
             raise self.refuse.unsupported(func, why)
         if func in FILLS:
             written = self.meeting.operator(fill, (target, args[1]), {})
@@ -367,10 +366,8 @@ class Capture(TorchFunctionMode):
             replacement = out_of_place(func)
             if replacement is None:
                 raise self.refuse.unsupported(func, "works in place on examples and parameters")
-            # the rule may read it again, and the target is about to change
-            before = self.deriving.operator(Tensor.clone, (target,), {}) if derives else target.clone()
-            if not derives:
-                self.labels.mark(before, held)
+            before = target.clone()  # the rule may read it again, and the target is about to change
+            self.labels.mark(before, self.labels.of(target))
             written = self.meeting.operator(replacement, (before, *args[1:]), kwargs)
         self.labels.blank(target)
         target.copy_(written)

@@ -70,15 +70,12 @@ class Writes:
             target[index] = self.capture.meet(fill, (piece, value), {})
             return
         held = self.labels.of(target)
-        own = isinstance(held, Shared) and held.tensor.data_ptr() == target.data_ptr()
-        if torch.is_grad_enabled() and own and not kinds & BATCHED:
+        if torch.is_grad_enabled() and isinstance(held, Shared) and not kinds & (BATCHED | LOST):
             self.capture.deriving.operator(Tensor.__setitem__, (target, index, value), {})
             return
-        fresh = (held is None and not target.requires_grad) or isinstance(held, Shared)
+        fresh = held is None and not target.requires_grad
         if torch.is_grad_enabled() and shared and fresh and target._base is None and not kinds & (BATCHED | LOST):
-            written = self.capture.deriving.operator(put, (target, index, value), {})
-            target.copy_(written)  # from here on it derives from parameters
-            self.labels.mark(target, self.labels.of(written))
+            self.labels.written(target, self.capture.deriving.operator(put, (target, index, value), {}))
             return
         if torch.is_grad_enabled() and shared:
             why = "writes a parameter into a tensor that holds no examples"

@@ -259,6 +259,9 @@ def masked_scatter(op: Operation) -> Label:
     axis = aligned(op, op.batched_among((x, mask)))
     own = op.axis(source)
     if isinstance(axis, Axis) and own is None:
+        op.valued = True
+        if not bool((source != source.flatten()[:1]).any()):
+            return axis  # it is the same number everywhere
         return op.mixed("gives an example what others before it leave of a constant")
     if not isinstance(axis, Axis) or own is None:
         return axis
