@@ -140,6 +140,7 @@ class Parameters:
         self.entries: dict[int, Entry] = {}
         """By the identity of each parameter, and of the other tensor of a sharded one."""
         self.current: list[Entry] = []
+        self.tensors: list[Entry] = []  # those of them that are no `nn.Parameter`
         self.modules: list[nn.Module] = []
         self.layout: list[tuple[int | str, ...]] = []  # what these modules hold
         self.changes = callable(params) or type(model).named_parameters is not nn.Module.named_parameters
@@ -187,6 +188,7 @@ class Parameters:
                 entry.selected = self.chosen(name, parameter)
             found[id(parameter)] = entry
         self.current = list(found.values())
+        self.tensors = [entry for entry in self.current if not isinstance(entry.parameter, nn.Parameter)]
         shards = {entry.name: is_shard(entry.parameter) for entry in self.current}
         for key, entry in self.entries.items():
             if found.get(key) is entry:
@@ -204,8 +206,8 @@ class Parameters:
 
     def refuse_computed(self) -> None:
         """Raise if tensors that were computed from others are in the place of parameters."""
-        for entry in self.current:
-            if entry.parameter.grad_fn is not None and not isinstance(entry.parameter, nn.Parameter):
+        for entry in self.tensors:
+            if entry.parameter.grad_fn is not None:
                 raise AttachError(
                     f"'{entry.name}' is a tensor computed from others now, in the place of the model's parameter, as "
                     "torch.func.functional_call puts it there: perex cannot follow it back. Compute it within the "
