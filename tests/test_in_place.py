@@ -83,6 +83,22 @@ def set_behind_a_view(m: Any, x: Tensor) -> Tensor:
     return m.l(x) * row
 
 
+def copied_then_changed(m: Any, x: Tensor) -> Tensor:
+    table, other = x.new_zeros(3, D), x.new_ones(3, D)
+    table.add_(m.w)
+    other.copy_(table)
+    table.mul_(2.0)
+    return m.l(x) @ (table + other).T
+
+
+def without_gradients(m: Any, x: Tensor) -> Tensor:
+    table = x.new_zeros(3, D)
+    table.add_(m.w)
+    with torch.no_grad():
+        table.mul_(2.0)
+    return m.l(x) @ table.T
+
+
 def by_rows(m: Any, x: Tensor) -> Tensor:
     table = x.new_zeros(3, D)
     for i in range(3):
@@ -104,6 +120,7 @@ EXACT: dict[str, Forward] = {
     "behind a view": changed_behind_a_view,
     "set behind a view": set_behind_a_view,
     "by rows": by_rows,
+    "copied, then changed": copied_then_changed,
     "and a number over that": a_number_set,
     "the same number wherever a mask is": lambda m, x: m.l(x).masked_scatter(x[:, :1] > 0, x.new_zeros(40)) * m.w,
     "into a view of a view": into_a_view_of_a_view,
@@ -211,6 +228,7 @@ CAREFUL: dict[str, Forward] = {
         unsqueezed,
         transposed,
         row_by_row,
+        without_gradients,
         by_a_number_in_a_view,
         a_view_taken_before,
         copied_onto_a_parameter,

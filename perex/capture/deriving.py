@@ -118,6 +118,8 @@ class Deriving:
         before = target.clone()  # the operator may have saved it
         self.labels.mark(before, self.labels.of(target))
         result = self.operator(replacement, (before, *(args[1:2] if replacement is fill else args[1:])), kwargs)
+        if replacement is fill:  # which shows the value, and that may change
+            result = self.operator(Tensor.clone, (result,), {})
         if result.dtype != target.dtype:
             result = self.operator(Tensor.to, (result, target.dtype), {})
         if base is None:

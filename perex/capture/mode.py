@@ -242,6 +242,9 @@ class Capture(TorchFunctionMode):
                 func, "changes the shape of a tensor derived from parameters in place: assign the result instead"
             )
         if not torch.is_grad_enabled():
+            if kinds & SHARED and labels.apart and in_place(func) and isinstance(labels.of(args[0]), Shared):
+                why = "writes without gradients into a constant that parameters were written into: assign its result"
+                raise self.refuse.unsupported(func, why)
             return self.follow(func, args, kwargs, marks, kinds)
         if kinds & SHARED and torch._C._are_functorch_transforms_active():
             raise self.refuse.unsupported(
